@@ -1,0 +1,86 @@
+"""Typed configuration of the engine. Every derived value is a property; every bad value is a one-line UserError."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tide_ray.types import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+POLICIES = ("full", "static")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine runs one model.
+
+    Args:
+        dtype: weights and activations: ``auto`` (bfloat16 on a GPU or a CPU with bfloat16 instructions, else float32),
+            ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto`` (cuda when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run modelling code that comes with the weights. Off unless asked for.
+        max_num_seqs: most resident sequences; None plans it from memory and ``max_model_len``, up to the knee of
+            throughput.
+        max_model_len: most tokens of prompt plus answer; None takes the model's own limit.
+        max_num_batched_tokens: most rows of one step; a longer prompt is prefilled in chunks.
+        kv_memory_fraction: share of the free memory that K/V pages may take.
+        page_size: tokens per K/V page.
+        policy: ``full``, or ``static``: every token runs the same fixed set of layers.
+        exit_layer: static: every token stops at this depth.
+        skip_layers: static: layers that no token runs.
+        static_cost: static: share of layers to keep, in (0, 1]; the rest is skipped evenly (arXiv 2404.06954).
+        num_threads: CPU threads; None keeps torch's choice.
+        seed: base of the seeds of sampled requests that bring none.
+        selfcheck: compare with the model's own forward at load, and refuse a model that differs.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    max_num_seqs: int | None = None
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 2048
+    kv_memory_fraction: float = 0.5
+    page_size: int = 32
+    policy: str = "full"
+    exit_layer: int | None = None
+    skip_layers: tuple[int, ...] = ()
+    static_cost: float | None = None
+    num_threads: int | None = None
+    seed: int = 0
+    selfcheck: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.policy not in POLICIES:
+            raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f"{name} must be a positive integer, got {value!r}")
+        if not 0 < self.kv_memory_fraction <= 1:
+            raise UserError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
+        self._check_policy()
+
+    def _check_policy(self) -> None:
+        chosen = [
+            name
+            for name, is_set in (
+                ("exit_layer", self.exit_layer is not None),
+                ("skip_layers", bool(self.skip_layers)),
+                ("static_cost", self.static_cost is not None),
+            )
+            if is_set
+        ]
+        if self.policy == "full" and chosen:
+            raise UserError(f"{chosen[0]} needs policy 'static', got policy 'full'")
+        if self.policy == "static" and len(chosen) != 1:
+            raise UserError(
+                "policy 'static' needs exactly one of exit_layer, skip_layers, static_cost; "
+                f"got {', '.join(chosen) or 'none'}"
+            )
+        if self.static_cost is not None and not 0 < self.static_cost <= 1:
+            raise UserError(f"static_cost must be in (0, 1], got {self.static_cost!r}")

@@ -1,0 +1,192 @@
+"""Shared nouns: what a request is, what comes back, and the one error a user can cause.
+
+Names and meanings follow vLLM's ``SamplingParams`` / ``RequestOutput`` so that code written for it reads the same
+here; ``exit_layers`` and ``token_times_us`` are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
+
+ChatMessage: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
+"""A string (used as it is), token ids, or chat messages (rendered with the tokenizer's template)."""
+
+MAX_LOGPROBS = 100
+MAX_COMPLETIONS = 64
+
+
+class UserError(ValueError):
+    """Bad input from the user. The message is one line that names the field and the value; the CLI exits with 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop, with vLLM's names, meanings and defaults.
+
+    Args:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability reaches it, in (0, 1].
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        min_p: drop tokens less likely than ``min_p`` times the likeliest, in [0, 1].
+        repetition_penalty: > 1 discourages tokens seen in the prompt or the output (arXiv 1909.05858).
+        max_tokens: most tokens to generate.
+        min_tokens: EOS, stop ids and stop strings are ignored before this many tokens.
+        stop: strings that end the text; the match and what follows are cut from it.
+        stop_token_ids: further ids that end generation, beside the model's EOS ids.
+        ignore_eos: generate past EOS.
+        seed: makes a sampled request reproducible, alone or in any batch.
+        n: completions per prompt.
+        logprobs: return this many top log probabilities per token (of the unprocessed logits) and the sampled one's.
+
+    Raises:
+        UserError: a value is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        stop = self.stop
+        if stop is None:
+            set_field(self, "stop", ())
+        elif isinstance(stop, str):
+            set_field(self, "stop", (stop,))
+        elif isinstance(stop, Sequence):
+            set_field(self, "stop", tuple(stop))
+        else:
+            raise UserError(f"stop must be a string or a list of strings, got {stop!r}")
+        ids = self.stop_token_ids
+        if ids is not None and (isinstance(ids, str) or not isinstance(ids, Sequence)):
+            raise UserError(f"stop_token_ids must be a list of token ids, got {ids!r}")
+        set_field(self, "stop_token_ids", tuple(ids or ()))
+        self._check_types()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        integers = ("top_k", "max_tokens", "min_tokens", "n")
+        for name in (*integers, "seed", "logprobs"):
+            value = getattr(self, name)
+            if value is None and name not in integers:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UserError(f"{name} must be an integer, got {value!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UserError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise UserError(f"stop must hold non-empty strings, got {text!r}")
+        for token_id in self.stop_token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise UserError(f"stop_token_ids must hold integers, got {token_id!r}")
+
+    def _check_ranges(self) -> None:
+        checks = (
+            ("temperature", 0 <= self.temperature <= 100, "a number from 0 to 100"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= -1, "-1, 0 or positive"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "in (0, 100]"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
+            ("n", 1 <= self.n <= MAX_COMPLETIONS, f"from 1 to {MAX_COMPLETIONS}"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+        )
+        for name, is_valid, expected in checks:
+            if not is_valid:
+                raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from a mapping, refusing unknown names (a misspelt parameter must not be silently ignored)."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise UserError(f"sampling_params: unknown parameter {name!r}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log probability of one token under the model's unprocessed logits, and its rank there (1 = likeliest)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated continuation. ``token_ids``, ``exit_layers`` and ``token_times_us`` have equal length.
+
+    ``exit_layers`` holds depths: the number of layers run for each token, so the model's layer count means "no early
+    exit". ``token_times_us[0]`` is the time to first token since admission, then each token's time since the one
+    before, in microseconds. ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` is the
+    stop string or stop token id that ended it (None for EOS).
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    exit_layers: list[int]
+    token_times_us: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean depth over the generated tokens, 0.0 when there are none."""
+        return sum(self.exit_layers) / len(self.exit_layers) if self.exit_layers else 0.0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What became of one request. ``error`` is empty unless the request was rejected."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    error: str = ""
+    queue_time_us: int = 0
+    total_time_us: int = 0
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine started. ``rows_through_layer[l]`` counts token rows that layer ``l`` really ran."""
+
+    rows_through_layer: list[int]
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    sum_exit_layers: int = 0
+    num_finished_requests: int = 0
+    num_rejected_requests: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    launches: dict[str, int] = field(default_factory=dict)
