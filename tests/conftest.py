@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests: few threads, the demo model's folder, and one saved tiny model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tide_ray.models.demo import demo_model_path
+from tiny_models import save_tiny_model
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tiny models get slower with more threads, and parallel test runs share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, 2))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The folder of the demo model; the first use on a machine downloads and converts it."""
+    return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer. Shared: copy it before changing it."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("tiny_llama"), with_tokenizer=True)

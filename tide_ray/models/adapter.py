@@ -1,0 +1,301 @@
+"""Run any decoder-only transformers model over packed rows, through the model's own modules.
+
+A forward pass is cut into three parts, none of which knows an architecture:
+
+- ``prologue``: the backbone's own forward with every layer replaced by a recorder. It yields the state before layer 0
+  and, for each layer, the arguments that the model would have passed to it (rotary tables, masks, cache).
+- ``run_layer``: the model's own layer on packed rows ``[1, N, D]``; attention reaches ours through the registered
+  attention interface, or, for models that call torch's attention directly, through a torch function mode.
+- ``epilogue``: the modules that the backbone applies after its last layer, then the causal LM's own forward around a
+  stub backbone, so that logit scales, soft-caps and tied heads are the model's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tide_ray.types import UserError
+
+ATTENTION_NAME = "tide_ray"
+ROWS_ARGUMENT = "tide_cache"
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """K/V of one layer: number of K/V heads and their width."""
+
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """How the model calls one layer, apart from the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes its call, returns its input. Other attributes are the layer's own."""
+
+    def __init__(self, layer: nn.Module, calls: list[LayerCall], returns_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        self._calls = calls
+        self._returns_tuple = returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._calls.append(LayerCall(args, kwargs))
+        return (hidden_states, None) if self._returns_tuple else hidden_states
+
+
+class _FixedBackbone(nn.Module):
+    """Stands in for the backbone when only the head is wanted: returns the normed states it was given."""
+
+    def __init__(self, output_type: type[Any]) -> None:
+        super().__init__()
+        self.states: Tensor | None = None
+        self._output_type = output_type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output_type(last_hidden_state=self.states)
+
+
+class RowCache(Protocol):
+    """What a layer is given in place of a key/value cache: it stores the rows' K/V and attends for them."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store K/V ``[1, H_kv, N, d]`` of the rows for one layer and return them."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
+    ) -> Tensor:
+        """Attention of the rows over their sequences in the layer stored last: ``[1, H, N, d]`` -> ``[1, N, H, d]``."""
+
+
+class _DirectAttention(TorchFunctionMode):
+    """Sends torch's scaled_dot_product_attention to ours, for models that call it without the attention interface."""
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        out = self._cache.attend(*args[:3], scale=kwargs.get("scale"), softcap=0.0, window=0)
+        return out.transpose(1, 2)
+
+
+def _interface_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers' attention interface calls from inside a layer."""
+    if kwargs.get("s_aux") is not None:
+        raise UserError(f"model: {type(module).__name__} uses attention sinks, which are not supported")
+    cache: RowCache = kwargs[ROWS_ARGUMENT]
+    out = cache.attend(query, key, value, scale=scaling, softcap=softcap or 0.0, window=sliding_window or 0)
+    return out, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _interface_attention)
+
+
+def _shadow(module: nn.Module, **replaced: nn.Module) -> nn.Module:
+    """A copy of ``module`` that shares every parameter and submodule but the replaced ones."""
+    shadow = copy.copy(module)
+    shadow._modules = {**module._modules, **replaced}
+    return shadow
+
+
+def _replace_at(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """A shadow of ``module`` in which the submodule at ``path`` is ``replacement``."""
+    name, *rest = path
+    child = _replace_at(module.get_submodule(name), rest, replacement) if rest else replacement
+    return _shadow(module, **{name: child})
+
+
+class Adapter:
+    """Packed-row access to one causal LM.
+
+    Args:
+        model: the loaded model; its attention implementation is taken over (``native_attention`` restores it).
+
+    Raises:
+        UserError: the model is not a decoder-only stack of layers this adapter can drive.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        self._backbone_path, self._layers_name = self._find_layers()
+        self.backbone: nn.Module = model.get_submodule(self._backbone_path)
+        self.layers: list[nn.Module] = list(self.backbone.get_submodule(self._layers_name).children())
+        self.num_layers = len(self.layers)
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self._uses_interface = bool(getattr(model, "_supports_attention_backend", False))
+        self._probe()
+        self._build_shadows()
+        self._take_over_attention()
+
+    # ---- finding the parts ----
+
+    def _find_layers(self) -> tuple[str, str]:
+        count = self.config.num_hidden_layers
+        kind = type(self.model).__name__
+        for name, module in self.model.named_modules():  # outer modules come before what they hold
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                path, _, layers_name = name.rpartition(".")
+                return path, layers_name
+        raise UserError(f"model: {kind} has no list of {count} decoder layers, so it cannot be run layer by layer")
+
+    def _probe(self) -> None:
+        """One tiny native forward: K/V shapes, whether layers return tuples, what follows the last layer."""
+        tail: list[tuple[str, nn.Module, Tensor]] = []
+        seen: dict[str, Any] = {"tuple": False, "done": False}
+
+        def after_last_layer(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen["tuple"], seen["done"] = isinstance(output, tuple), True
+
+        def note_tail(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if seen["done"] and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                    tail.append((name, module, output))
+
+            return hook
+
+        handles = [self.layers[-1].register_forward_hook(after_last_layer)]
+        handles += [
+            child.register_forward_hook(note_tail(name))
+            for name, child in self.backbone.named_children()
+            if name != self._layers_name
+        ]
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.config.vocab_size
+        try:
+            output = self.backbone(input_ids=ids, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._output_type = type(output)
+        self._returns_tuple = seen["tuple"]
+        self._tail = [(name, module) for name, module, _ in tail]
+        self.kv_shapes = self._kv_shapes(output.past_key_values)
+        if tail and not torch.equal(tail[-1][2], output.last_hidden_state):
+            raise UserError(
+                f"model: {type(self.model).__name__} does more after its last layer than apply "
+                f"{', '.join(name for name, _ in self._tail)}"
+            )
+
+    def _kv_shapes(self, cache: Any) -> list[KVShape]:
+        kind = type(self.model).__name__
+        layers = getattr(cache, "layers", None)
+        if not layers or len(layers) != self.num_layers:
+            raise UserError(f"model: {kind} keeps no key/value cache for each layer (state-space or shared caches)")
+        shapes = []
+        for layer in layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.ndim != 4 or keys.shape != values.shape:
+                raise UserError(f"model: {kind} has a cache with unlike keys and values (MLA or linear attention)")
+            shapes.append(KVShape(keys.shape[1], keys.shape[3]))
+        return shapes
+
+    def _build_shadows(self) -> None:
+        self._calls: list[LayerCall] = []
+        recorders = nn.ModuleList(_Recorder(layer, self._calls, self._returns_tuple) for layer in self.layers)
+        identities = {name: nn.Identity() for name, _ in self._tail}
+        self._prologue = _shadow(self.backbone, **{self._layers_name: recorders, **identities})
+        config = copy.copy(self.config)
+        config._attn_implementation_internal = ATTENTION_NAME  # no mask is built for an attention of this name
+        self._prologue.__dict__["config"] = config
+        self._head_input = _FixedBackbone(self._output_type)
+        self._head = _replace_at(self.model, self._backbone_path.split("."), self._head_input)
+        self._takes_kwargs = [
+            any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values())
+            for layer in self.layers
+        ]
+
+    # ---- attention seam ----
+
+    def _take_over_attention(self) -> None:
+        if self._uses_interface:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+        elif self.config._attn_implementation != "sdpa":
+            raise UserError(f"model: {type(self.model).__name__} calls neither the attention interface nor torch's")
+
+    @contextmanager
+    def native_attention(self) -> Iterator[None]:
+        """The model as transformers would run it, for comparisons."""
+        if self._uses_interface:
+            self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self._take_over_attention()
+
+    # ---- the three parts of a forward pass ----
+
+    def prologue(self, token_ids: Tensor, positions: Tensor, cache: RowCache) -> tuple[Tensor, list[LayerCall]]:
+        """State before layer 0, ``[1, N, D]``, and how the model calls each layer.
+
+        ``token_ids`` and ``positions`` are long ``[N]``.
+        """
+        self._calls.clear()
+        output = self._prologue(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, list(self._calls)
+
+    def run_layer(self, index: int, hidden: Tensor, call: LayerCall, cache: RowCache) -> Tensor:
+        """Layer ``index`` on packed rows ``[1, N, D]`` -> ``[1, N, D]``."""
+        kwargs = {**call.kwargs, ROWS_ARGUMENT: cache} if self._takes_kwargs[index] else call.kwargs
+        mode = nullcontext() if self._uses_interface else _DirectAttention(cache)
+        with mode:
+            output = self.layers[index](hidden, *call.args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Pre-norm state after the last layer ``[..., D]`` -> the state that the head takes."""
+        for _, module in self._tail:
+            hidden = module(hidden)
+        return hidden
+
+    def head(self, states: Tensor) -> Tensor:
+        """Normed states ``[1, N, D]`` -> logits ``[N, V]``, with the model's own scale and soft-cap."""
+        self._head_input.states = states
+        output = self._head(input_ids=None, inputs_embeds=states, use_cache=False)
+        self._head_input.states = None
+        return output.logits[0]

@@ -1,0 +1,248 @@
+"""``load``: a hub id, a folder, a .gguf file or ``demo`` becomes a model ready to run, or a one-line UserError.
+
+Arguments and configuration are checked before weights are read; weights must be complete; nothing is trained and no
+code that comes with the weights runs unless asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from tide_ray.config import DTYPES
+from tide_ray.models.demo import demo_model_path
+from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, read_json, weight_files
+from tide_ray.models.pretrained import (
+    gated_message,
+    no_network_message,
+    read_config,
+    read_model,
+    read_tokenizer,
+    unknown_id_message,
+)
+from tide_ray.models.supported import check_supported
+from tide_ray.types import UserError
+
+DEMO = "demo"
+_GGUF = ".gguf"
+_HUB_TIMEOUT_S = 30.0
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_PATH_LIKE = re.compile(r"[./~]|.*(/.*/|\\|\.(gguf|safetensors|bin|json)$)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode on its device, and what identifies it.
+
+    ``fingerprint`` does not depend on dtype or device; a hub model and its copy in a folder differ. ``revision`` is the
+    hub commit when known, else the revision asked for, else ``local``. ``tokenizer`` is None when the model comes
+    without one: prompts are then token ids.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    fingerprint: str
+    source: str
+    revision: str
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the files are: a folder, one .gguf file in a folder, or a hub repository at a commit."""
+
+    name: str
+    folder: Path | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+    is_online: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained`` that name this source."""
+        # Without local_files_only the client retries for most of a minute when there is no network.
+        options: dict[str, Any] = {"revision": self.revision, "local_files_only": not self.is_online}
+        return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
+
+    def file(self, name: str) -> Path | None:
+        """The local path of one file of this source, downloaded if need be; None when it does not exist."""
+        found = cached_file(
+            self.name,
+            name,
+            **self.options,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
+    def existing(self, names: Iterable[str]) -> list[Path]:
+        return [path for path in map(self.file, names) if path is not None]
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model for inference.
+
+    Args:
+        model: a hub id (``org/name``), a folder with config.json and weights, a .gguf file, or ``demo``.
+        revision: branch, tag or commit of a hub model.
+        dtype: ``auto`` is bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU).
+        device: ``auto`` (cuda when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_remote_code: run modelling code that comes with the weights.
+
+    Raises:
+        UserError: an argument is wrong, or the model cannot be found, read, or run by the engine.
+    """
+    given = os.fspath(model)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+    source = _find(given, revision)
+    options: dict[str, Any] = {**source.options, "trust_remote_code": trust_remote_code}
+    weights: list[Path] = []
+    if source.gguf_file is None:
+        _check_config_file(source, trust_remote_code)
+        weights = weight_files(source.folder) if source.folder is not None else []
+    elif source.folder is not None:
+        weights = [source.folder / source.gguf_file]
+
+    config = read_config(source.name, **options)
+    check_supported(config)
+    has_tokenizer = source.gguf_file is not None or any(source.file(name) for name in TOKENIZER_FILES)
+    tokenizer = read_tokenizer(source.name, **options) if has_tokenizer else None
+    loaded = read_model(source.name, config, torch_dtype, **options)
+    eos_token_ids = _eos_token_ids(loaded, tokenizer)
+    described = () if source.gguf_file is not None else ("config.json", *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    return LoadedModel(
+        model=_move(loaded, torch_device),
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(
+            descriptions=source.existing(described),
+            weights=weights,
+            commit=source.commit,
+            eos_token_ids=eos_token_ids,
+        ),
+        source=given,
+        revision=source.commit or revision or "local",
+        eos_token_ids=eos_token_ids,
+        device=torch_device,
+        dtype=torch_dtype,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that ``device`` names. Raises UserError when this machine does not have it."""
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"device: CUDA is not available here, got {device!r}")
+    index = int(device.partition(":")[2]) if ":" in device else torch.cuda.current_device()
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device: there are {torch.cuda.device_count()} CUDA devices, got {device!r}")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype that ``dtype`` names on ``device``. Raises UserError for an unknown name."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _find(given: str, revision: str | None) -> _Source:
+    if given == DEMO:
+        path = demo_model_path()
+        return _Source(name=str(path), folder=path)
+    path = Path(os.path.expanduser(given))
+    if given and os.path.isdir(path):  # os.path says no where Path raises, e.g. for a name that is too long
+        return _Source(name=str(path), folder=path)
+    if given.endswith(_GGUF) and os.path.isfile(path):
+        return _Source(name=str(path.parent), folder=path.parent, gguf_file=path.name)
+    if given and os.path.exists(path):
+        raise UserError(f"model must be a hub id, a folder, a .gguf file or 'demo', got the file {given!r}")
+    if not given or _PATH_LIKE.match(given):
+        raise UserError(f"model: no such folder or file, got {given!r}")
+    return _find_on_hub(given, revision)
+
+
+def _find_on_hub(name: str, revision: str | None) -> _Source:
+    api, is_online = HfApi(), True
+    try:
+        api.model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise UserError(gated_message(name)) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"revision: no such branch, tag or commit of {name!r}, got {revision!r}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(unknown_id_message(name)) from error
+    except Exception:  # whatever the hub client's HTTP library raises: what is in the cache still works
+        is_online = False
+    try:
+        resolved = api.resolve_revision(name, revision=revision, local_files_only=not is_online)
+    except Exception as error:
+        raise UserError(no_network_message(name)) from error
+    return _Source(name=name, revision=resolved, commit=resolved.resolved, is_online=is_online)
+
+
+def _check_config_file(source: _Source, trust_remote_code: bool) -> None:
+    path = source.file("config.json")
+    if path is None and source.folder is None and not source.is_online:
+        raise UserError(no_network_message(source.name))
+    if path is None:
+        raise UserError(f"model: no config.json in {source.name!r}")
+    raw = read_json(path)
+    model_type, auto_map = raw.get("model_type"), raw.get("auto_map")
+    if model_type in CONFIG_MAPPING:
+        return
+    if auto_map and not trust_remote_code:
+        raise UserError(
+            f"model: {source.name!r} brings its own modelling code for model type {model_type!r}; "
+            "pass --trust-remote-code (trust_remote_code=True) to run it"
+        )
+    if not auto_map:
+        raise UserError(f"model: {source.name!r} has a model type that transformers does not know, got {model_type!r}")
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """All ids of the generation config, else of the configuration, else the tokenizer's."""
+    generation_config = getattr(model, "generation_config", None)
+    for owner in (generation_config, model.config.get_text_config(decoder=True), tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(int(token_id) for token_id in ids)
+    return ()
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    try:
+        return nn.Module.to(model, device)  # transformers wraps its own `to`, which hides the types
+    except torch.OutOfMemoryError as error:
+        size_gb = model.get_memory_footprint() / 1e9
+        raise UserError(f"device: no room for {size_gb:.1f} GB of weights, got {str(device)!r}") from error
