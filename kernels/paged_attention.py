@@ -1,0 +1,99 @@
+"""Decode attention over paged K/V: one query row per sequence, no padding, no repeated K/V for grouped queries.
+
+``paged_decode_attention`` chooses: the Numba CPU kernel for float32 and bfloat16 on a CPU, the torch reference
+elsewhere. The reference has the same signature and is the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tide_kernels.paged_attention_cpu import cpu_decode_attention, cpu_kernel_takes
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """Attention of one query row per sequence over its K/V pages.
+
+    Args:
+        query: ``[N, H, d]``.
+        key_pages, value_pages: ``[num_pages, H_kv, page_size, d]``, same dtype and device as ``query``; H is a
+            multiple of H_kv.
+        page_table: int32 ``[N, max_pages]``, page numbers of each row's sequence in order.
+        lengths: int32 ``[N]``, tokens that each row attends to (at least 1); they fill the pages in order.
+        scale: factor on the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)`` when positive (Gemma 2, arXiv 2408.00118).
+        window: each row sees only its last ``window`` tokens when positive.
+
+    Returns:
+        ``[N, H, d]`` in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _check(query, key_pages, value_pages, page_table, lengths)
+    if cpu_kernel_takes(query):
+        return cpu_decode_attention(
+            query, key_pages, value_pages, page_table, lengths, scale=scale, softcap=softcap, window=window
+        )
+    return paged_decode_attention_reference(
+        query, key_pages, value_pages, page_table, lengths, scale=scale, softcap=softcap, window=window
+    )
+
+
+def paged_decode_attention_reference(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """The same in torch operations on any device: gathers the pages, pads to the longest row, masks."""
+    num_rows, num_heads, head_dim = query.shape
+    kv_heads = key_pages.shape[1]
+    table = page_table.long()
+    keys = key_pages[table].transpose(1, 2).flatten(2, 3).float()  # [N, H_kv, T, d]
+    values = value_pages[table].transpose(1, 2).flatten(2, 3).float()
+    grouped = query.float().view(num_rows, kv_heads, num_heads // kv_heads, head_dim)
+    scores = grouped @ keys.transpose(2, 3) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    position = torch.arange(keys.shape[2], device=query.device)[None, :]
+    end = lengths.long()[:, None]
+    visible = position < end
+    if window:
+        visible &= position >= end - window
+    scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+    out = torch.softmax(scores, dim=-1) @ values.masked_fill(~visible[:, None, :, None], 0.0)
+    return out.reshape(num_rows, num_heads, head_dim).to(query.dtype)
+
+
+def _check(query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, lengths: Tensor) -> None:
+    if query.ndim != 3 or key_pages.ndim != 4 or key_pages.shape != value_pages.shape:
+        raise ValueError(
+            f"query must be [N, H, d] and pages [P, H_kv, page_size, d], got {tuple(query.shape)}, "
+            f"{tuple(key_pages.shape)}, {tuple(value_pages.shape)}"
+        )
+    if query.shape[2] != key_pages.shape[3] or query.shape[1] % key_pages.shape[1]:
+        raise ValueError(f"heads do not fit: query {tuple(query.shape)}, pages {tuple(key_pages.shape)}")
+    if page_table.shape[0] != query.shape[0] or lengths.shape != query.shape[:1]:
+        rows = query.shape[0], page_table.shape[0], tuple(lengths.shape)
+        raise ValueError("rows do not fit: query {}, table {}, lengths {}".format(*rows))
+    if page_table.dtype != torch.int32 or lengths.dtype != torch.int32:
+        raise ValueError(f"page_table and lengths must be int32, got {page_table.dtype} and {lengths.dtype}")
+    if not query.dtype == key_pages.dtype == value_pages.dtype:
+        raise ValueError(f"dtypes differ: query {query.dtype}, keys {key_pages.dtype}, values {value_pages.dtype}")

@@ -1,0 +1,154 @@
+"""``await``-able requests over one engine: a thread steps the engine while there is work and sleeps otherwise.
+
+Any number of coroutines, in any event loop, share the engine, so a finished row is replaced by whichever is next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tide_ray.types import Prompt, RequestOutput, SamplingParams
+
+
+class SteppedEngine(Protocol):
+    """What is used of a TideEngine, all of it from the one worker thread."""
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def has_unfinished_requests(self) -> bool: ...
+    def step(self) -> list[RequestOutput]: ...
+
+
+class EngineDeadError(RuntimeError):
+    """The engine failed in an earlier step, or was closed; it takes no more requests."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[RequestOutput]
+
+
+class AsyncEngine:
+    """Owns the engine from now on: nobody else may step it.
+
+    A request that the engine rejects resolves normally, with ``RequestOutput.error`` set. When a step raises, every
+    waiting request gets that exception and later ones get EngineDeadError.
+    """
+
+    def __init__(self, engine: SteppedEngine) -> None:
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._arrived: deque[_Waiter] = deque()
+        self._cancelled: deque[str] = deque()
+        self._waiting: dict[str, _Waiter] = {}
+        self._is_closing = False
+        self._failure: BaseException | None = None
+        self._ids = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="tide-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._failure is not None
+
+    async def generate(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> RequestOutput:
+        """Wait for one request. Cancelling the task aborts the request.
+
+        Args:
+            request_id: unique among the requests in the engine; made up when None.
+
+        Raises:
+            EngineDeadError: the engine failed before, or is closed.
+            Exception: whatever the engine's step raised while this request waited.
+        """
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(request_id or f"request-{next(self._ids)}", prompt, params, loop, loop.create_future())
+        with self._changed:
+            if self._failure is not None:
+                raise EngineDeadError(f"the engine failed: {self._failure}") from self._failure
+            if self._is_closing:
+                raise EngineDeadError("the engine is closed")
+            self._arrived.append(waiter)
+            self._changed.notify()
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            with self._changed:
+                self._cancelled.append(waiter.request_id)
+                self._changed.notify()
+            raise
+
+    def close(self) -> None:
+        """Stop the thread after its current step; requests still waiting get EngineDeadError. May be called twice."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        # torch keeps its thread count per thread: without this a new thread starts from OMP_NUM_THREADS.
+        torch.set_num_threads(torch.get_num_threads())
+        try:
+            while self._take_changes():
+                _resolve([(self._waiting.pop(output.request_id, None), output) for output in self._engine.step()])
+        except Exception as error:  # of any kind: it must reach those who wait, or they wait for ever
+            self._fail(error)
+        else:
+            self._fail(EngineDeadError("the engine is closed"))
+
+    def _take_changes(self) -> bool:
+        """Hand arrivals and cancellations to the engine, sleeping until there is work. False when closing."""
+        with self._changed:
+            while not (self._arrived or self._cancelled or self._is_closing or self._engine.has_unfinished_requests()):
+                self._changed.wait()
+            if self._is_closing:
+                return False
+            arrived, self._arrived = self._arrived, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
+        for waiter in arrived:
+            self._waiting[waiter.request_id] = waiter
+            self._engine.add_request(waiter.request_id, waiter.prompt, waiter.params)
+        for request_id in cancelled:
+            if self._waiting.pop(request_id, None) is not None:
+                self._engine.abort(request_id)
+        return True
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = error
+            left = [*self._waiting.values(), *self._arrived]
+            self._waiting.clear()
+            self._arrived.clear()
+        _resolve([(waiter, error) for waiter in left])
+
+
+def _resolve(results: list[tuple[_Waiter | None, RequestOutput | BaseException]]) -> None:
+    """Deliver results, with one wake-up per event loop; results that nobody waits for any more are dropped."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiter, RequestOutput | BaseException]]] = defaultdict(list)
+    for waiter, result in results:
+        if waiter is not None:
+            by_loop[waiter.loop].append((waiter, result))
+    for loop, pairs in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_set_results, pairs)
+
+
+def _set_results(pairs: list[tuple[_Waiter, RequestOutput | BaseException]]) -> None:
+    for waiter, result in pairs:
+        if waiter.future.done():
+            continue
+        if isinstance(result, BaseException):
+            waiter.future.set_exception(result)
+        else:
+            waiter.future.set_result(result)

@@ -1,0 +1,288 @@
+"""The engine: continuous batching over one model, driven by three verbs (schedule, run, commit).
+
+``generate`` answers a list of prompts; ``stream`` one prompt, token by token; ``add_request`` / ``step`` are for
+callers with their own loop. Not thread-safe: one thread drives an engine (see ``async_engine``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any, cast
+
+import torch
+
+from tide_ray.config import EngineConfig
+from tide_ray.engine.committer import Committer
+from tide_ray.engine.kv_cache import KVCache, PagePool
+from tide_ray.engine.memory import plan_memory
+from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
+from tide_ray.engine.runner import Runner
+from tide_ray.engine.scheduler import Scheduler
+from tide_ray.engine.selfcheck import selfcheck
+from tide_ray.engine.sequence import Sequence, now_us
+from tide_ray.engine.stages import plan_stages
+from tide_ray.models.adapter import Adapter
+from tide_ray.models.load import LoadedModel, load
+from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
+
+UNLIMITED_POSITIONS = 2**20
+
+
+class TideEngine:
+    """One model with its K/V memory, generating for many requests at a time.
+
+    Args:
+        model: what ``tide_ray.models.load`` returned. The engine takes over its attention.
+        config: how to run it.
+
+    Raises:
+        UserError: the model or the configuration cannot be run; the message names what.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config = config or EngineConfig()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        with torch.inference_mode():
+            adapter = Adapter(model.model)
+        stages = plan_stages(config, adapter.num_layers)
+        if config.selfcheck:
+            selfcheck(adapter)
+        plan = plan_memory(config, adapter, model_limit=position_limit(adapter.config))
+        self.num_layers = adapter.num_layers
+        self.max_model_len = plan.max_model_len
+        self.max_num_seqs = plan.max_num_seqs
+        self.num_kv_pages = plan.num_pages
+        self.stats = EngineStats(rows_through_layer=[0] * adapter.num_layers)
+        pools = KVCache(
+            adapter.kv_shapes,
+            num_pages=plan.num_pages,
+            page_size=config.page_size,
+            dtype=adapter.dtype,
+            device=adapter.device,
+        )
+        self.scheduler = Scheduler(
+            PagePool(plan.num_pages),
+            page_size=config.page_size,
+            max_residents=plan.max_num_seqs,
+            max_rows=config.max_num_batched_tokens,
+            clock=now_us,
+        )
+        self.runner = Runner(adapter, stages, pools, self.stats)
+        self.committer = Committer(self.scheduler, self.stats, now_us)
+        self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
+        self._requests: dict[str, Request] = {}
+        self._rejected: list[RequestOutput] = []
+        self._numbers = itertools.count()
+
+    @classmethod
+    def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> TideEngine:
+        """Load ``model`` (hub id, folder, .gguf file or ``demo``) and make an engine for it."""
+        config = config or EngineConfig()
+        loaded = load(
+            model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return cls(loaded, config)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None when it has none."""
+        return self.model.tokenizer
+
+    # ---- whole answers ----
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every prompt; outputs are in the order of the prompts.
+
+        A prompt that cannot be run (too long, not a prompt) comes back with ``error`` set; the others are answered.
+
+        Args:
+            prompts: one prompt or a list of them; see ``tide_ray.types.Prompt``.
+            sampling_params: one for all, or one for each prompt.
+
+        Raises:
+            UserError: the number of sampling params is not the number of prompts.
+        """
+        many = _as_list(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise UserError(f"sampling_params must be one or one for each of {len(many)} prompts, got {len(each)}")
+        ids = [f"generate-{next(self._numbers)}" for _ in many]
+        for request_id, prompt, one in zip(ids, many, each, strict=True):
+            self.add_request(request_id, prompt, one)
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            while len(outputs) < len(ids):
+                outputs.update((output.request_id, output) for output in self.step())
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Answer one prompt, yielding the output so far after every token; the last one has ``finished`` set."""
+        request_id = f"stream-{next(self._numbers)}"
+        self.add_request(request_id, prompt, sampling_params or SamplingParams(), streaming=True)
+        num_seen = 0
+        try:
+            while True:
+                done = [output for output in self.step() if output.request_id == request_id]
+                if done:
+                    yield done[0]
+                    return
+                request = self._requests[request_id]
+                num_tokens = sum(len(sequence.output_ids) for sequence in request.sequences)
+                if num_tokens > num_seen:
+                    num_seen = num_tokens
+                    yield to_output(request, self.tokenizer, finished=False)
+        finally:
+            self.abort(request_id)
+
+    # ---- the loop ----
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, streaming: bool = False) -> None:
+        """Queue a prompt. One that cannot be run is returned by the next ``step`` with ``error`` set.
+
+        Raises:
+            UserError: ``request_id`` is in use.
+        """
+        if request_id in self._requests:
+            raise UserError(f"request_id must be unique among running requests, got {request_id!r}")
+        text: str | None = prompt if isinstance(prompt, str) else None
+        prompt_ids: list[int] = []
+        try:
+            text, prompt_ids = self._encoder.encode(prompt)
+            self._check_length(prompt_ids)
+            request = self._make_request(request_id, text, prompt_ids, params, streaming)
+        except UserError as error:
+            self.stats.num_rejected_requests += 1
+            self._rejected.append(rejected(request_id, text, prompt_ids, str(error)))
+            return
+        self._requests[request_id] = request
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; nothing happens when it is unknown or finished."""
+        request = self._requests.pop(request_id, None)
+        for sequence in request.sequences if request else ():
+            if not sequence.is_finished:
+                sequence.finish_reason = "abort"
+                self.scheduler.remove(sequence)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether ``step`` still has something to run or to return."""
+        return bool(self._requests or self._rejected)
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run and commit one launch; returns the requests that finished (or were rejected)."""
+        outputs, self._rejected = self._rejected, []
+        spans = self.scheduler.schedule()
+        if spans:
+            sampled = self.runner.run(spans)
+            for sequence in self.committer.commit(spans, sampled):
+                request = self._requests[sequence.request_id]
+                if request.is_finished:
+                    del self._requests[request.request_id]
+                    self.stats.num_finished_requests += 1
+                    outputs.append(to_output(request, self.tokenizer))
+        return outputs
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of this engine for run records: model, policy, limits, threads."""
+        config = self.config
+        return {
+            "model": self.model.source,
+            "revision": self.model.revision,
+            "model_fingerprint": self.model.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "policy": config.policy,
+            "stages": [
+                {"name": stage.name, "layers": list(stage.layers), "depth": stage.depth} for stage in self.runner.stages
+            ],
+            "num_layers": self.num_layers,
+            "max_num_seqs": self.max_num_seqs,
+            "max_model_len": self.max_model_len,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "num_kv_pages": self.num_kv_pages,
+            "page_size": config.page_size,
+            "num_threads": torch.get_num_threads(),
+        }
+
+    # ---- making requests ----
+
+    def _check_length(self, prompt_ids: list[int]) -> None:
+        if not prompt_ids:
+            raise UserError("prompt must have at least one token, got 0")
+        longest = min(self.max_model_len, self.num_kv_pages * self.config.page_size) - 1
+        if len(prompt_ids) > longest:
+            raise UserError(
+                f"prompt must have at most {longest} tokens (max_model_len {self.max_model_len}), got {len(prompt_ids)}"
+            )
+
+    def _make_request(
+        self, request_id: str, text: str | None, prompt_ids: list[int], params: SamplingParams, streaming: bool
+    ) -> Request:
+        for token_id in params.stop_token_ids:
+            if not 0 <= token_id < self._encoder.vocab_size:
+                raise UserError(f"stop_token_ids must be from 0 to {self._encoder.vocab_size - 1}, got {token_id}")
+        arrival = now_us()
+        eos = () if params.ignore_eos else self.model.eos_token_ids
+        seed = params.seed if params.seed is not None else self._next_seed()
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                prompt_ids=prompt_ids,
+                params=params,
+                seed=seed + index,
+                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
+                arrival_us=arrival,
+                detokenizer=make_detokenizer(self.tokenizer, params, streaming=streaming),
+            )
+            for index in range(params.n)
+        ]
+        return Request(request_id, text, prompt_ids, params, arrival, sequences)
+
+    def _next_seed(self) -> int:
+        """A seed for a request that brings none: differs between requests, repeats with the engine's own seed."""
+        return (self.config.seed << 32) + next(self._numbers)
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt or many: a string, a list of ids and a list of chat messages are each one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, (int, Mapping)) for item in items):
+        return [cast(Prompt, items)]
+    return cast(list[Prompt], items)
+
+
+def position_limit(config: Any) -> int:
+    """How many positions a model may see: its trained length; scaled rotary models keep to their unscaled length.
+
+    Dynamic and long-context rotary scaling make a token's rotation depend on how long its sequence (or its batch)
+    is; within the unscaled length they agree with the plain tables.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            limit = min(limit, kind.get("original_max_position_embeddings") or limit)
+    return int(limit)

@@ -1,0 +1,69 @@
+"""K/V pages: fixed-size blocks of tokens, one pool per layer, handed out by page number.
+
+Layout of a pool: ``[num_pages, H_kv, page_size, head_dim]``; a page holds ``page_size`` consecutive tokens of one
+sequence, and each head's tokens lie together so that decode attention streams them. Page 0.. of every layer share one
+numbering: a sequence owns the same page numbers in all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tide_ray.models.adapter import KVShape
+
+
+class PagePool:
+    """Free page numbers. Allocation is all or nothing."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """``count`` page numbers, or None when fewer are free."""
+        if count > len(self._free):
+            return None
+        return [self._free.pop() for _ in range(count)]
+
+    def release(self, pages: Sequence[int]) -> None:
+        self._free.extend(pages)
+
+
+class KVCache:
+    """The K and V pools of every layer."""
+
+    def __init__(
+        self, shapes: Sequence[KVShape], *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.key_pools: list[Tensor] = []
+        self.value_pools: list[Tensor] = []
+        for shape in shapes:
+            size = (num_pages, shape.num_heads, page_size, shape.head_dim)
+            self.key_pools.append(torch.zeros(size, dtype=dtype, device=device))
+            self.value_pools.append(torch.zeros(size, dtype=dtype, device=device))
+
+    def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store K/V rows ``[N, H_kv, d]`` at page numbers and offsets ``[N]`` of one layer."""
+        self.key_pools[layer][pages, :, offsets] = key
+        self.value_pools[layer][pages, :, offsets] = value
+
+    def gather(self, layer: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[H_kv, length, d]`` of the first ``length`` tokens of the sequence that owns ``pages``."""
+        return tuple(  # type: ignore[return-value]
+            pool[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+            for pool in (self.key_pools[layer], self.value_pools[layer])
+        )
+
+
+def page_bytes(shapes: Sequence[KVShape], page_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes over all layers, K and V."""
+    return sum(2 * shape.num_heads * shape.head_dim for shape in shapes) * page_size * dtype.itemsize

@@ -1,0 +1,73 @@
+"""How many tokens and sequences fit: K/V pages from free memory, residents up to the knee of throughput."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from tide_ray.config import EngineConfig
+from tide_ray.engine.kv_cache import page_bytes
+from tide_ray.models.adapter import Adapter
+from tide_ray.types import UserError
+
+# Residents beyond which a step costs as much per row as before it. A CPU computes as slowly per row at 128 rows as at
+# any more (jobs/benchmark.py throughput); a GPU streams its weights for a few hundred rows before arithmetic binds.
+KNEE = {"cpu": 128, "cuda": 256}
+
+# A model that allows very long prompts must not take all memory for one page table's worth of tokens by default.
+DEFAULT_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """``num_pages`` K/V pages, at most ``max_num_seqs`` residents of at most ``max_model_len`` tokens each."""
+
+    num_pages: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: free device memory, or available RAM within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+    return available if limit is None or used is None else min(available, max(limit - used, 0))
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    path = f"/sys/fs/cgroup/{name}"
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="ascii") as file:
+        text = file.read().strip()
+    return int(text) if text.isdigit() else None
+
+
+def plan_memory(config: EngineConfig, adapter: Adapter, *, model_limit: int) -> MemoryPlan:
+    """Pages for as many residents as the knee allows, each with ``max_model_len`` tokens, within free memory.
+
+    Raises:
+        UserError: a limit above the model's, or memory for less than one sequence.
+    """
+    wanted_len = config.max_model_len or min(model_limit, DEFAULT_MODEL_LEN)
+    if wanted_len > model_limit:
+        raise UserError(f"max_model_len must be at most the model's {model_limit} positions, got {wanted_len}")
+    max_num_seqs = config.max_num_seqs or KNEE[adapter.device.type]
+    per_page = page_bytes(adapter.kv_shapes, config.page_size, adapter.dtype)
+    affordable = int(free_memory(adapter.device) * config.kv_memory_fraction) // per_page
+    pages_per_sequence = -(-wanted_len // config.page_size)
+    num_pages = min(affordable, max_num_seqs * pages_per_sequence)
+    if num_pages < pages_per_sequence:
+        if config.max_model_len is not None or num_pages < 1:
+            raise UserError(
+                f"max_model_len: {wanted_len} tokens need {pages_per_sequence * per_page / 2**20:.0f} MiB of K/V, "
+                f"got {affordable * per_page / 2**20:.0f} MiB free (kv_memory_fraction {config.kv_memory_fraction})"
+            )
+        wanted_len = num_pages * config.page_size
+    return MemoryPlan(num_pages, max_num_seqs, wanted_len)

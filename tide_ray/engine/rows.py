@@ -1,0 +1,190 @@
+"""The rows of one launch and how they attend: packed, ragged, no padding.
+
+Rows come in two groups: first the decode rows (one per sequence), then prefill chunks (several rows of one sequence).
+``LaunchCache`` is what the model's layers get as their key/value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache
+
+from tide_kernels.paged_attention import paged_decode_attention
+from tide_ray.engine.kv_cache import KVCache
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows ``start:stop`` of a launch: consecutive tokens of one sequence with ``context`` tokens before them."""
+
+    start: int
+    stop: int
+    context: int
+    pages: Tensor  # page numbers of the sequence, long
+    masks: dict[int, Tensor] = field(default_factory=dict)  # by sliding window, built once per launch
+
+    @property
+    def length(self) -> int:
+        """Tokens that the last row attends to, itself included."""
+        return self.context + self.stop - self.start
+
+    def mask(self, window: int, device: torch.device) -> Tensor:
+        """Which of the sequence's tokens each row may see, ``[rows, length]`` bool."""
+        if window not in self.masks:
+            query = torch.arange(self.context, self.length, device=device)[:, None]
+            key = torch.arange(self.length, device=device)[None, :]
+            visible = key <= query
+            if window:
+                visible &= key > query - window
+            self.masks[window] = visible
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class RowBatch:
+    """One launch's rows. N rows, of which the first ``num_decode`` are decode rows.
+
+    token_ids, positions, write_pages, write_offsets: long ``[N]``; decode_pages: int32 ``[num_decode, max_pages]``,
+    page numbers of each decode row's sequence; decode_lengths: int32 ``[num_decode]``, tokens it attends to.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    write_pages: Tensor
+    write_offsets: Tensor
+    decode_pages: Tensor
+    decode_lengths: Tensor
+    chunks: list[Chunk]
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_decode(self) -> int:
+        return self.decode_lengths.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """``count`` consecutive tokens of one sequence, the first at position ``start``, to be run in this launch."""
+
+    token_ids: Sequence[int]
+    start: int
+    pages: np.ndarray  # int32 page numbers of the sequence
+    is_decode: bool
+
+
+def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device) -> RowBatch:
+    """Pack spans into rows; decode spans (one row each) must come first."""
+    token_ids = [token for span in spans for token in span.token_ids]
+    positions = np.concatenate([np.arange(span.start, span.start + len(span.token_ids)) for span in spans])
+    write_pages = np.concatenate(
+        [span.pages[np.arange(span.start, span.start + len(span.token_ids)) // page_size] for span in spans]
+    )
+    decode = [span for span in spans if span.is_decode]
+    lengths = np.array([span.start + 1 for span in decode], dtype=np.int32)
+    width = int(-(-lengths.max() // page_size)) if decode else 0
+    table = np.zeros((len(decode), width), dtype=np.int32)
+    for row, span in zip(table, decode, strict=True):
+        used = min(width, len(span.pages))
+        row[:used] = span.pages[:used]
+    chunks, start = [], len(decode)
+    for span in spans[len(decode) :]:
+        assert not span.is_decode, "decode spans come first"
+        stop = start + len(span.token_ids)
+        needed = -(-(span.start + len(span.token_ids)) // page_size)
+        pages = torch.from_numpy(span.pages[:needed].astype(np.int64)).to(device)
+        chunks.append(Chunk(start, stop, span.start, pages))
+        start = stop
+
+    def to_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return RowBatch(
+        token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
+        positions=to_device(positions.astype(np.int64)),
+        write_pages=to_device(write_pages.astype(np.int64)),
+        write_offsets=to_device((positions % page_size).astype(np.int64)),
+        decode_pages=to_device(table),
+        decode_lengths=to_device(lengths),
+        chunks=chunks,
+    )
+
+
+class LaunchCache(Cache):
+    """The cache object of one launch: writes the rows' K/V to their pages and attends over their sequences.
+
+    Being a transformers ``Cache`` only satisfies type checks in modelling code; no K/V passes through its base class.
+    """
+
+    def __init__(self, pools: KVCache, rows: RowBatch) -> None:
+        super().__init__(layers=[])
+        self._pools = pools
+        self._rows = rows
+        self._layer = -1
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No past as far as the model's own code is concerned: positions are always given."""
+        return 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows, key, value = self._rows, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        self._pools.write(layer_idx, rows.write_pages, rows.write_offsets, key, value)
+        self._layer = layer_idx
+        return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
+    ) -> Tensor:
+        rows, layer = self._rows, self._layer
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        parts = []
+        if rows.num_decode:
+            parts.append(
+                paged_decode_attention(
+                    query[0, :, : rows.num_decode].transpose(0, 1),
+                    self._pools.key_pools[layer],
+                    self._pools.value_pools[layer],
+                    rows.decode_pages,
+                    rows.decode_lengths,
+                    scale=scale,
+                    softcap=softcap,
+                    window=window,
+                )
+            )
+        for chunk in rows.chunks:
+            q = query[0, :, chunk.start : chunk.stop]
+            if chunk.context:
+                k, v = self._pools.gather(layer, chunk.pages, chunk.length)
+            else:
+                k, v = key[0, :, chunk.start : chunk.stop], value[0, :, chunk.start : chunk.stop]
+            parts.append(_extend_attention(q, k, v, chunk, scale=scale, softcap=softcap, window=window).transpose(0, 1))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+def _extend_attention(
+    query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, *, scale: float, softcap: float, window: int
+) -> Tensor:
+    """Attention of a chunk's rows: query ``[H, n, d]``, key and value ``[H_kv, length, d]`` -> ``[H, n, d]``."""
+    group = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    window = window if window and window < chunk.length else 0
+    if softcap:
+        scores = (query @ key.transpose(1, 2)).float() * scale
+        scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~chunk.mask(window, query.device), float("-inf"))
+        return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    is_causal = not chunk.context and not window
+    mask = None if is_causal else chunk.mask(window, query.device)
+    out = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, is_causal=is_causal, scale=scale)
+    return out[0]

@@ -1,0 +1,315 @@
+"""Chooses the next token of every row: greedy, or a draw from the processed distribution, in one vectorised call.
+
+The order is HuggingFace ``generate``'s: repetition penalty, suppression (min_tokens), temperature, top_k, top_p, min_p.
+A draw is the inverse CDF in token-id order at a uniform that depends on (seed, position) only, so a request gets the
+same tokens alone or in any batch. Equally likely tokens are kept or dropped together by top_k (as in HuggingFace) and
+by top_p (where HuggingFace keeps an arbitrary part of them), so that no result hangs on a sort's order of ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tide_ray.types import Logprob, SamplingParams
+
+FIRST_CANDIDATES = 64
+MORE_CANDIDATES = 1024
+"""How many of the likeliest tokens top_p looks at first and next, before it sorts the whole vocabulary."""
+BLOCK = 256
+MIN_TEMPERATURE = 1e-6
+
+_UINT64_MASK = 2**64 - 1
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What the sampler has to know about one row of logits.
+
+    Args:
+        params: the request's sampling parameters.
+        seed: with ``position`` decides the draw; any integer, taken modulo 2**64.
+        position: index of the token to choose among this sequence's outputs.
+        token_ids: prompt and output so far; read only when there is a repetition penalty.
+        suppressed: ids that may not be chosen yet (EOS and stop ids before min_tokens).
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    token_ids: Sequence[int]
+    suppressed: tuple[int, ...] = ()
+
+    @property
+    def has_edited_logits(self) -> bool:
+        return self.params.repetition_penalty != 1.0 or bool(self.suppressed)
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """One token per row, and its log probabilities where they were asked for."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob] | None]
+
+
+class Sampler:
+    """Stateless: everything a draw depends on is in the row."""
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+        """Choose one token per row.
+
+        Args:
+            logits: [R, V], any float dtype; left unchanged.
+            rows: R rows.
+        """
+        assert logits.shape[:-1] == (len(rows),), f"{tuple(logits.shape) = }, {len(rows) = }"
+        plain = [r for r, row in enumerate(rows) if row.params.is_greedy and not row.has_edited_logits]
+        chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        if len(plain) == len(rows):
+            chosen = _argmax(logits)
+        elif plain:
+            index = torch.tensor(plain, device=logits.device)
+            chosen[index] = _argmax(logits.index_select(0, index))
+        uniforms = torch.from_numpy(uniform([row.seed for row in rows], [row.position for row in rows]))
+        uniforms = uniforms.to(logits.device)
+        for group in _processed_groups(logits, rows, skip=set(plain)):
+            draws = _draw(group.weights, uniforms[group.rows])
+            chosen[group.rows] = draws if group.ids is None else group.ids.gather(1, draws[:, None])[:, 0]
+        token_ids: list[int] = chosen.tolist()
+        return SampledTokens(token_ids, _logprobs(logits, rows, token_ids))
+
+
+def processed_probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """The distribution [R, V] (float64) that ``Sampler.sample`` draws from, row by row; one-hot for a greedy row."""
+    probabilities = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    for group in _processed_groups(logits, rows):
+        weights = group.weights.double()
+        weights /= weights.sum(dim=-1, keepdim=True)
+        ids = torch.arange(logits.shape[1], device=logits.device).expand_as(weights) if group.ids is None else group.ids
+        probabilities[group.rows] = torch.zeros_like(probabilities[group.rows]).scatter_(1, ids, weights)
+    return probabilities
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """One float64 in [0, 1) for each (seed, position), the same whatever else is asked for.
+
+    SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) as a counter-based
+    generator: the seed is mixed into a key first, so that streams of neighbouring seeds do not overlap.
+    """
+    seed = np.array([s & _UINT64_MASK for s in seeds], dtype=np.uint64)
+    position = np.array([p & _UINT64_MASK for p in positions], dtype=np.uint64)
+    key = _mix64(seed + _GOLDEN_GAMMA)
+    bits = _mix64(key + (position + np.uint64(1)) * _GOLDEN_GAMMA)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix64(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(slots=True)
+class _Group:
+    """Rows with their unnormalised weights over the whole vocabulary (``ids`` is None) or over candidates.
+
+    Column order is ascending token id wherever the weight is not zero.
+    """
+
+    rows: torch.Tensor  # [r]
+    weights: torch.Tensor  # [r, C]
+    ids: torch.Tensor | None  # [r, C]
+
+
+def _processed_groups(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], skip: set[int] | frozenset[int] = frozenset()
+) -> Iterator[_Group]:
+    """Every row but those of ``skip``, in groups that take the same path through the filters."""
+    vocab_size = logits.shape[1]
+    kinds: dict[str, list[int]] = {}
+    for r, row in enumerate(rows):
+        if r not in skip:
+            kinds.setdefault(_kind(row.params, vocab_size), []).append(r)
+    for kind, members in kinds.items():
+        index = torch.tensor(members, device=logits.device)
+        is_all = len(members) == len(rows)
+        scores = (logits if is_all else logits.index_select(0, index)).to(torch.float32, copy=is_all)
+        scores = _edited_scores(scores, [rows[r] for r in members])
+        params = [rows[r].params for r in members]
+        if kind == "greedy":
+            best = _argmax(scores)[:, None]
+            yield _Group(index, torch.ones_like(best, dtype=torch.float32), best)
+            continue
+        # Shifted so that the likeliest token has 0: a tiny temperature cannot overflow.
+        scores -= scores.amax(dim=-1, keepdim=True)
+        scores /= _column([max(p.temperature, MIN_TEMPERATURE) for p in params], scores)
+        if kind == "whole":
+            weights = scores.exp_()
+            if any(p.min_p > 0 for p in params):
+                weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
+            yield _Group(index, weights, None)
+        elif kind == "top_k":
+            # More than k, because tokens as likely as the last one may follow.
+            width = 2 * max(p.top_k for p in params) + FIRST_CANDIDATES
+            yield from _cut_groups(index, scores, params, (width, vocab_size))
+        else:
+            yield from _cut_groups(index, scores, params, (FIRST_CANDIDATES, MORE_CANDIDATES, vocab_size))
+
+
+def _kind(params: SamplingParams, vocab_size: int) -> str:
+    """Which path a row takes. It depends on the row alone, so that its draw does not depend on the batch."""
+    if params.is_greedy:
+        return "greedy"
+    if 0 < params.top_k < vocab_size:
+        return "top_k"
+    return "top_p" if params.top_p < 1.0 else "whole"
+
+
+def _edited_scores(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Apply repetition penalties and suppression in place. scores: [r, V], ours to change."""
+    vocab_size = scores.shape[1]
+    penalised = [(r, row) for r, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
+    if penalised:
+        lengths = torch.tensor([len(row.token_ids) for _, row in penalised], device=scores.device)
+        at_row = torch.tensor([r for r, _ in penalised], device=scores.device).repeat_interleave(lengths)
+        penalty = torch.tensor([row.params.repetition_penalty for _, row in penalised], device=scores.device)
+        penalty = penalty.repeat_interleave(lengths)
+        at_id = torch.cat([torch.as_tensor(row.token_ids, dtype=torch.int64) for _, row in penalised])
+        at_id = at_id.to(scores.device)
+        seen = scores[at_row, at_id]
+        # An id that occurs twice writes the same value twice.
+        scores[at_row, at_id] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    banned = [(r, i) for r, row in enumerate(rows) for i in row.suppressed if 0 <= i < vocab_size]
+    if banned:
+        at = torch.tensor(banned, device=scores.device)
+        scores[at[:, 0], at[:, 1]] = -torch.inf
+    return scores
+
+
+def _cut_groups(
+    index: torch.Tensor, scores: torch.Tensor, params: Sequence[SamplingParams], widths: Sequence[int]
+) -> Iterator[_Group]:
+    """Rows with top_k or top_p: look at the ``widths[0]`` likeliest tokens, and at more for the rows that need more."""
+    for width in widths:
+        weights, ids, is_exact = _cut(scores, params, min(width, scores.shape[1]))
+        exact, inexact = is_exact.nonzero()[:, 0], (~is_exact).nonzero()[:, 0]
+        if len(exact):
+            yield _by_token_id(index[exact], weights[exact], ids[exact])
+        if not len(inexact):
+            return
+        index, scores, params = index[inexact], scores[inexact], [params[r] for r in inexact.tolist()]
+
+
+def _cut(
+    scores: torch.Tensor, params: Sequence[SamplingParams], width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Apply top_k, top_p and min_p to the ``width`` likeliest tokens.
+
+    Returns:
+        weights [r, width] (float64, 0 where dropped), ids [r, width], and is_exact [r]: no token outside could be kept.
+    """
+    vocab_size = scores.shape[1]
+    values, ids = scores.topk(width, dim=-1) if width < vocab_size else scores.sort(dim=-1, descending=True)
+    weights = values.double().exp()
+    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], device=scores.device)
+    is_limited = (top_k < vocab_size)[:, None]
+    k_floor = values.gather(1, top_k.clamp_max(width)[:, None] - 1)
+    weights.masked_fill_(values < k_floor, 0.0)
+    reached = weights.cumsum(dim=-1)
+    mass = reached[:, -1:].clone()
+    unlimited = (~is_limited[:, 0]).nonzero()[:, 0]
+    if len(unlimited):
+        # The likeliest token has weight 1 and therefore probability 1 / mass.
+        mass[unlimited] = scores[unlimited].softmax(dim=-1).amax(dim=-1, keepdim=True).double().reciprocal()
+
+    top_p = _column([p.top_p for p in params], mass)
+    is_needed = (reached - weights < top_p * mass) | (top_p >= 1.0)
+    # The last needed value, not the last needed position: equally likely tokens stay together.
+    last_needed = is_needed.sum(dim=-1, keepdim=True).clamp_min(1) - 1
+    floor = torch.maximum(k_floor, values.gather(1, last_needed))
+    weights.masked_fill_(values < floor, 0.0)
+    weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
+    # top_p is a share of the mass that top_k leaves, so all of that has to be among the candidates.
+    is_exact = values[:, -1:] < torch.where(is_limited, k_floor, floor)
+    return weights, ids, is_exact[:, 0] | (width == vocab_size)
+
+
+def _by_token_id(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> _Group:
+    """Drop the columns that no row kept (weights fall from left to right) and order the rest by token id."""
+    width = max(1, int((weights > 0).sum(dim=-1).max()))
+    ids, order = ids[:, :width].sort(dim=-1)
+    return _Group(rows, weights[:, :width].gather(1, order), ids)
+
+
+def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse CDF: the first column whose cumulative weight exceeds ``uniform * total``, never one of weight 0.
+
+    Args:
+        weights: [r, C], not negative, not normalised.
+        uniforms: [r] float64 in [0, 1).
+
+    Returns:
+        Column indices [r]. Two levels (blocks, then within one block) keep the float64 work small.
+    """
+    num_columns = weights.shape[1]
+    num_blocks = -(-num_columns // BLOCK)
+    weights = torch.nn.functional.pad(weights, (0, num_blocks * BLOCK - num_columns))
+    blocks = weights.view(len(weights), num_blocks, BLOCK)
+    reached = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    target = (uniforms * reached[:, -1])[:, None]
+    block = _first_above(reached, target)
+    target = target - torch.where(block > 0, reached.gather(1, (block - 1).clamp_min(0)), 0.0)
+    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(dim=-1, dtype=torch.float64)
+    column = block * BLOCK + _first_above(inner, target)
+    return column[:, 0].clamp_max(num_columns - 1)  # out of range only for a row of NaN, which must not fail the batch
+
+
+def _first_above(reached: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """First column of a cumulative sum [r, C] above ``target`` [r, 1], else (rounding at u ~ 1) the last that grew."""
+    column = torch.searchsorted(reached, target, right=True)
+    last = torch.searchsorted(reached, reached[:, -1:].contiguous())
+    return torch.minimum(column, last).clamp_max(reached.shape[1] - 1)
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """First index of each row's largest value, [R, V] -> [R]; in two levels, as torch's is slow on bfloat16."""
+    width = math.gcd(logits.shape[1], BLOCK)
+    blocks = logits.reshape(len(logits), -1, width)
+    best = blocks.amax(dim=-1).argmax(dim=-1)
+    return best * width + blocks[torch.arange(len(blocks), device=logits.device), best].argmax(dim=-1)
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _logprobs(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]
+) -> list[dict[int, Logprob] | None]:
+    """Log probabilities of the unprocessed logits: the chosen token first, then the likeliest ones."""
+    results: list[dict[int, Logprob] | None] = [None] * len(rows)
+    asked = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return results
+    index = torch.tensor([r for r, _ in asked], device=logits.device)
+    logprobs = logits.index_select(0, index).float().log_softmax(dim=-1)
+    sampled_ids = [token_ids[r] for r, _ in asked]
+    sampled = logprobs.gather(1, torch.tensor(sampled_ids, device=logits.device)[:, None])
+    ranks = ((logprobs > sampled).sum(dim=-1) + 1).tolist()
+    top = logprobs.topk(min(max(k for _, k in asked), logits.shape[1]), dim=-1)
+    columns = zip(
+        asked, sampled_ids, sampled[:, 0].tolist(), ranks, top.values.tolist(), top.indices.tolist(), strict=True
+    )
+    for (r, num_top), token_id, logprob, rank, values, ids in columns:
+        entry = {token_id: Logprob(logprob, rank)}
+        for value, top_id in zip(values[:num_top], ids[:num_top], strict=True):
+            entry.setdefault(top_id, Logprob(value, values.index(value) + 1))
+        results[r] = entry
+    return results

@@ -1,0 +1,141 @@
+"""Which rows the next launch runs: the first of the engine's three verbs (schedule, run, commit).
+
+Decode rows first, then prefill chunks of residents, then newly admitted sequences, within ``max_rows`` per launch.
+Pages are taken as tokens need them; when none is left the sequence admitted last gives its own back and is computed
+again later (its tokens are kept, so its answer does not change).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tide_ray.engine.kv_cache import PagePool
+from tide_ray.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSpan:
+    """``count`` tokens of a sequence from its first uncomputed one. ``samples``: the last row chooses a new token."""
+
+    sequence: Sequence
+    count: int
+    is_decode: bool
+
+    @property
+    def samples(self) -> bool:
+        return self.count == self.sequence.num_uncomputed
+
+
+class Scheduler:
+    """Owns the waiting and resident sequences and the free pages.
+
+    Args:
+        pool: free K/V pages.
+        page_size: tokens per page.
+        max_residents: most sequences that hold pages at a time.
+        max_rows: most rows of one launch.
+        clock: microseconds, for admission times.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, page_size: int, max_residents: int, max_rows: int, clock: Callable[[], int]
+    ) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.max_residents = max_residents
+        self.max_rows = max_rows
+        self.clock = clock
+        self.waiting: deque[Sequence] = deque()
+        self.residents: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.residents)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or aborted sequence and free its pages."""
+        self._free_pages(sequence)
+        if sequence in self.residents:
+            self.residents.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[ScheduledSpan]:
+        """The spans of the next launch, decode spans first; empty only when there is no work."""
+        decode = self._schedule_decode()
+        budget = self.max_rows - len(decode)
+        prefill: list[ScheduledSpan] = []
+        for sequence in [s for s in self.residents if not s.is_decoding]:
+            if budget <= 0:
+                break
+            count = min(budget, sequence.num_uncomputed)
+            prefill.append(ScheduledSpan(sequence, count, is_decode=False))
+            budget -= count
+        while budget > 0 and (admitted := self._admit()) is not None:
+            count = min(budget, admitted.num_uncomputed)
+            prefill.append(ScheduledSpan(admitted, count, is_decode=False))
+            budget -= count
+        return decode + prefill
+
+    def _schedule_decode(self) -> list[ScheduledSpan]:
+        """Every decoding resident up to ``max_rows``, each with a page for its new token."""
+        spans: list[ScheduledSpan] = []
+        for sequence in [s for s in self.residents if s.is_decoding][: self.max_rows]:
+            if sequence not in self.residents:  # preempted by one before it
+                continue
+            while not self._grow(sequence):
+                victim = self.residents[-1]
+                self._preempt(victim)
+                spans = [span for span in spans if span.sequence is not victim]
+                if victim is sequence:
+                    break
+            else:
+                spans.append(ScheduledSpan(sequence, 1, is_decode=True))
+        return spans
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give the sequence the pages that all its known tokens need; False when there are too few."""
+        missing = self._pages_for(sequence.num_tokens) - len(sequence.pages)
+        if missing > 0:
+            pages = self.pool.allocate(missing)
+            if pages is None:
+                return False
+            sequence.pages.extend(pages)
+        return True
+
+    def _admit(self) -> Sequence | None:
+        """Make the first waiting sequence resident, if a place and its pages are free.
+
+        One page per resident is kept back, or admission and preemption would chase each other.
+        """
+        if not self.waiting or len(self.residents) >= self.max_residents:
+            return None
+        sequence = self.waiting[0]
+        reserve = len(self.residents)
+        if self._pages_for(sequence.num_tokens) + reserve > self.pool.num_free or not self._grow(sequence):
+            return None
+        self.waiting.popleft()
+        self.residents.append(sequence)
+        if not sequence.admitted_us:
+            sequence.admitted_us = self.clock()
+        return sequence
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.residents.remove(sequence)
+        self._free_pages(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _free_pages(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = 0

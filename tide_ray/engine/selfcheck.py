@@ -1,0 +1,109 @@
+"""Parity self-test: the engine's packed rows against the model's own forward, at load, on short random prompts.
+
+Two sequences of unlike length are prefilled together, then each gets decode steps; every boundary's state is compared
+with the native model's. A model that differs is refused, with the first part that differs named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tide_ray.engine.kv_cache import KVCache
+from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, build_rows
+from tide_ray.models.adapter import Adapter
+from tide_ray.types import UserError
+
+PAGE_SIZE = 4
+LENGTHS = (13, 8)
+NUM_DECODE = 2
+# Relative error (norm of the difference over norm) that rounding alone can reach; a wrong part gives about 1.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.inference_mode()
+def selfcheck(adapter: Adapter) -> None:
+    """Compare; return nothing when all parts agree.
+
+    Raises:
+        UserError: naming the model class and the first part that differs from ``model.forward``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab = adapter.config.vocab_size
+    prompts = [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+    native = [_native_states(adapter, prompt) for prompt in prompts]
+    packed = _packed_states(adapter, prompts)
+    tolerance = TOLERANCE[adapter.dtype]
+    names = ["embedding or positions", *(f"layer {i}" for i in range(adapter.num_layers)), "final norm", "head"]
+    for part, name in enumerate(names):
+        for row, (reference, ours) in enumerate(zip(native, packed, strict=True)):
+            for kind, begin, end in (("prefill", 0, -NUM_DECODE), ("decode", -NUM_DECODE, None)):
+                expected, got = reference[part][begin:end].float(), ours[part][begin:end].float()
+                error = (expected - got).norm() / expected.norm().clamp_min(1e-6)
+                if not error <= tolerance:
+                    raise UserError(
+                        f"model: {type(adapter.model).__name__} differs from its own forward at the {name} in {kind} "
+                        f"(relative error {error:.2g}, sequence {row}); this architecture is not supported"
+                    )
+
+
+def _native_states(adapter: Adapter, prompt: list[int]) -> list[Tensor]:
+    """The model's own states at every boundary, the normed state and the logits, each ``[T, ...]``."""
+    states: list[Tensor] = []
+
+    def before(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+
+    def after(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output)[0].clone())
+
+    handles = [adapter.layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after) for layer in adapter.layers]
+    ids = torch.tensor([prompt], device=adapter.device)
+    try:
+        with adapter.native_attention():
+            normed = adapter.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+            boundaries = list(states)
+            logits = adapter.model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*boundaries, normed, logits]
+
+
+def _packed_states(adapter: Adapter, prompts: list[list[int]]) -> list[list[Tensor]]:
+    """The same states through packed rows: a chunked joint prefill, then decode steps."""
+    pages_each = -(-max(LENGTHS) // PAGE_SIZE)
+    pools = KVCache(
+        adapter.kv_shapes,
+        num_pages=pages_each * len(prompts),
+        page_size=PAGE_SIZE,
+        dtype=adapter.dtype,
+        device=adapter.device,
+    )
+    numbers = torch.arange(pages_each * len(prompts), dtype=torch.int32).flip(0).view(len(prompts), -1).numpy()
+    lengths = [len(prompt) - NUM_DECODE for prompt in prompts]
+    cuts = [[(0, n // 2), (n // 2, n)] + [(n + i, n + i + 1) for i in range(NUM_DECODE)] for n in lengths]
+    collected: list[list[list[Tensor]]] = [[] for _ in prompts]
+    for step in range(2 + NUM_DECODE):
+        spans = [
+            RowSpan(prompt[begin:end], begin, pages, is_decode=step >= 2)
+            for prompt, pages, (begin, end) in zip(prompts, numbers, (cut[step] for cut in cuts), strict=True)
+        ]
+        states = _launch(adapter, pools, build_rows(spans, PAGE_SIZE, adapter.device))
+        row = 0
+        for index, span in enumerate(spans):
+            collected[index].append([state[row : row + len(span.token_ids)] for state in states])
+            row += len(span.token_ids)
+    return [[torch.cat(parts) for parts in zip(*launches, strict=True)] for launches in collected]
+
+
+def _launch(adapter: Adapter, pools: KVCache, rows: RowBatch) -> list[Tensor]:
+    cache = LaunchCache(pools, rows)
+    hidden, calls = adapter.prologue(rows.token_ids, rows.positions, cache)
+    states = [hidden[0]]
+    for layer, call in enumerate(calls):
+        hidden = adapter.run_layer(layer, hidden, call, cache)
+        states.append(hidden[0])
+    normed = adapter.final_norm(hidden)
+    return [*states, normed[0], adapter.head(normed)]

@@ -1,0 +1,81 @@
+"""One continuation being generated: its tokens, where its K/V lie and what is known about each token."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tide_ray.engine.detokenizer import Detokenizer
+from tide_ray.types import Logprob, SamplingParams
+
+
+def now_us() -> int:
+    """Monotonic time in microseconds."""
+    return time.perf_counter_ns() // 1000
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one continuation (completion ``index`` of a request).
+
+    ``num_computed`` counts tokens whose K/V are in the pages. All tokens but the newest are computed while decoding;
+    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled.
+    """
+
+    request_id: str
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    max_tokens: int
+    arrival_us: int
+    output_ids: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    token_times_us: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    detokenizer: Detokenizer | None = None
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    admitted_us: int = 0
+    last_token_us: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest token is still to be run, and that token is its own."""
+        return self.num_uncomputed == 1 and bool(self.output_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Tokens at positions ``start`` to ``start + count``, over prompt and answer."""
+        prompt_length = len(self.prompt_ids)
+        if start >= prompt_length:
+            return self.output_ids[start - prompt_length : start - prompt_length + count]
+        return (self.prompt_ids[start : start + count] + self.output_ids)[:count]
+
+    def page_array(self) -> np.ndarray:
+        return np.array(self.pages, dtype=np.int32)
+
+    def append(self, token_id: int, depth: int, logprobs: dict[int, Logprob] | None, time_us: int) -> None:
+        """Note a generated token, the depth it left at and when."""
+        self.output_ids.append(token_id)
+        self.exit_layers.append(depth)
+        self.token_times_us.append(time_us - (self.last_token_us or self.admitted_us))
+        self.last_token_us = time_us
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
