@@ -25,6 +25,7 @@ from tide_ray.engine.sequence import Sequence, now_us
 from tide_ray.engine.stages import plan_stages
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.load import LoadedModel, load
+from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
 
 UNLIMITED_POSITIONS = 2**20
@@ -34,7 +35,8 @@ class TideEngine:
     """One model with its K/V memory, generating for many requests at a time.
 
     Args:
-        model: what ``tide_ray.models.load`` returned. The engine takes over its attention.
+        model: what ``tide_ray.models.load`` returned. The engine takes over its attention and, on a CPU in bfloat16,
+            its linear layers' weights.
         config: how to run it.
 
     Raises:
@@ -46,6 +48,8 @@ class TideEngine:
         self.config = config = config or EngineConfig()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if can_pack(model.device, model.dtype):
+            pack_linears(model.model)
         with torch.inference_mode():
             adapter = Adapter(model.model)
         stages = plan_stages(config, adapter.num_layers)

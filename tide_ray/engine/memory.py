@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -33,20 +33,30 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: free device memory, or available RAM within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        facts = dict(line.split(":", 1) for line in file)
+    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     available = int(facts["MemAvailable"].split()[0]) * 1024
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    return available if limit is None or used is None else min(available, max(limit - used, 0))
+    room = container_room(Path("/sys/fs/cgroup"))
+    return available if room is None else min(available, room)
 
 
-def _cgroup_bytes(name: str) -> int | None:
-    path = f"/sys/fs/cgroup/{name}"
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="ascii") as file:
-        text = file.read().strip()
-    return int(text) if text.isdigit() else None
+def container_room(root: Path) -> int | None:
+    """Bytes left under the container's memory limit (control groups v2 or v1 at ``root``), None without a limit.
+
+    File cache that the kernel can drop counts as room: having read the weights' files must not look like using memory.
+    """
+    for limit, used, droppable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if not (root / limit).exists():
+            continue
+        limit_text = (root / limit).read_text(encoding="ascii").strip()
+        if not limit_text.isdigit():
+            return None
+        stat = ((root / used).parent / "memory.stat").read_text(encoding="ascii").split()
+        cache = int(stat[stat.index(droppable) + 1]) if droppable in stat else 0
+        return max(int(limit_text) - int((root / used).read_text(encoding="ascii")) + cache, 0)
+    return None
 
 
 def plan_memory(config: EngineConfig, adapter: Adapter, *, model_limit: int) -> MemoryPlan:

@@ -42,12 +42,12 @@ class PromptEncoder:
         if isinstance(prompt, str):
             self._need_tokenizer("a string")
             self._check_size(prompt)
-            return prompt, list(self.tokenizer(prompt)["input_ids"])
+            return prompt, self._tokenize(prompt, add_special_tokens=True)
         if not isinstance(prompt, (list, tuple)) or not prompt:
             raise UserError(f"prompt must be a string, token ids or chat messages, got {_short(prompt)}")
         if all(isinstance(item, Mapping) for item in prompt):
             text = self.render_chat([dict(message) for message in prompt if isinstance(message, Mapping)])
-            return text, list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return text, self._tokenize(text, add_special_tokens=False)
         ids = []
         for item in prompt:
             if isinstance(item, bool) or not isinstance(item, int):
@@ -72,6 +72,16 @@ class PromptEncoder:
             raise UserError(f"messages: the chat template refused them: {_short(str(error))}") from error
         self._check_size(text)
         return text
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair; tokenizers raise TypeError
+            raise UserError(f"prompt must be valid Unicode, got a lone surrogate at {error.start}") from None
+        ids = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        if ids and max(ids) >= self.vocab_size:  # tokens were added to the tokenizer but not to the model
+            raise UserError(f"prompt: the model has {self.vocab_size} token ids, its tokenizer gave {max(ids)}")
+        return ids
 
     def _need_tokenizer(self, kind: str) -> None:
         if self.tokenizer is None:

@@ -1,0 +1,131 @@
+"""build_processor in the way ray.data.llm is used, and what happens to rows that kill the process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from tide_ray import TideProcessorConfig, build_processor
+from tide_ray.config import EngineConfig
+from tide_ray.data.actor import RESULT_SCHEMA, Generator, GeneratorOptions
+from tide_ray.data.ledger import REASON
+from tide_ray.data.processor import Processor, concurrent_batches
+from tide_ray.data.schema import ERROR_COLUMN
+from tide_ray.engine.engine import TideEngine
+from tide_ray.types import Prompt, SamplingParams
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
+
+ENGINE = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "max_model_len": 128, "num_threads": 1}
+
+
+def make_config(model: Path, **settings: Any) -> TideProcessorConfig:
+    return TideProcessorConfig(
+        **{"model_source": str(model), "engine_kwargs": ENGINE, "batch_size": 4, "num_cpus_per_actor": 0, **settings}
+    )
+
+
+def ask(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["question"]}],
+        "sampling_params": {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True},
+        "number": row["number"],
+    }
+
+
+def test_preprocess_and_postprocess_work_as_in_ray_data_llm(tiny_llama_folder: Path) -> None:
+    dataset = ray.data.from_items([{"question": f"why {i}?", "number": i} for i in range(10)])
+    processor = build_processor(
+        make_config(tiny_llama_folder),
+        preprocess=ask,
+        postprocess=lambda row: {"number": row["number"], "answer": row["generated_text"], "prompt": row["prompt"]},
+    )
+    rows = sorted(processor(dataset).take_all(), key=lambda row: row["number"])
+    assert [set(row) for row in rows] == [{"number", "answer", "prompt"}] * 10
+    engine = TideEngine.from_pretrained(str(tiny_llama_folder), EngineConfig(**ENGINE))
+    for row in rows:
+        asked = ask({"question": f"why {row['number']}?", "number": 0})
+        expected = engine.generate(asked["messages"], SamplingParams(**asked["sampling_params"]))[0]
+        assert row["answer"] == expected.outputs[0].text
+        assert row["prompt"] == expected.prompt
+
+
+def test_rows_have_the_contract_columns_and_strings_are_not_wrapped(tiny_llama_folder: Path) -> None:
+    params = {"max_tokens": 3, "ignore_eos": True, "temperature": 0.0}
+    items = [{"prompt": "ab", "sampling_params": params, "tag": i} for i in range(3)]
+    rows = build_processor(make_config(tiny_llama_folder))(ray.data.from_items(items)).take_all()
+    engine = TideEngine.from_pretrained(str(tiny_llama_folder), EngineConfig(**ENGINE))
+    for row in rows:
+        assert set(row) == {*RESULT_SCHEMA.names, "sampling_params", "tag"}
+        assert row["prompt"] == "ab"
+        assert list(row["prompt_token_ids"]) == engine.tokenizer("ab")["input_ids"]
+        assert row["num_generated_tokens"] == len(row["exit_layers"]) == len(row["token_times_us"]) == 3
+        assert row[ERROR_COLUMN] == ""
+        assert row["time_taken_llm"] > 0
+    assert len({row["batch_uuid"] for row in rows}) == 1
+
+
+def test_a_rejected_row_keeps_the_schema_or_raises(tiny_llama_folder: Path) -> None:
+    items = [{"prompt": "ok", "sampling_params": {"max_tokens": 2}}, {"prompt": "long " * 50, "sampling_params": {}}]
+    dataset = ray.data.from_items(items)
+    config = make_config(tiny_llama_folder, should_continue_on_error=True)
+    rows = build_processor(config, postprocess=lambda row: {"error": row[ERROR_COLUMN], "text": row["generated_text"]})(
+        dataset
+    ).take_all()
+    errors = sorted(row["error"] for row in rows)
+    assert errors[0] == ""
+    assert "prompt must have at most 127 tokens" in errors[1]
+    with pytest.raises(ray.exceptions.RayTaskError, match="prompt must have at most 127 tokens"):
+        build_processor(make_config(tiny_llama_folder))(dataset).take_all()
+
+
+class FragileEngine(TideEngine):
+    """Dies of one prompt like a process that the kernel kills."""
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, streaming: bool = False) -> None:
+        if prompt == "poison":
+            os._exit(1)
+        super().add_request(request_id, prompt, params, streaming=streaming)
+
+
+class FragileGenerator(Generator):
+    def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
+        return FragileEngine.from_pretrained(model, config)
+
+
+def test_a_row_that_kills_the_process_is_given_up_after_three_deaths(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    items = [{"row_id": f"r{i}", "prompt": "poison" if i == 5 else f"fine {i}"} for i in range(8)]
+    options = GeneratorOptions(continues_on_error=True, ledger_folder=str(tmp_path / "running"))
+    processor = Processor(
+        make_config(tiny_llama_folder, engine_kwargs={**ENGINE, "selfcheck": False}),
+        options=options,
+        generator=FragileGenerator,
+    )
+    rows = processor(ray.data.from_items(items)).take_all()
+    assert {row["row_id"]: row[ERROR_COLUMN] for row in rows} == {f"r{i}": REASON if i == 5 else "" for i in range(8)}
+
+
+def test_an_engine_always_has_more_rows_at_hand_than_it_can_hold() -> None:
+    for batch_size in (1, 4, 32, 100):
+        for max_num_seqs in (8, 64, 256):
+            rows = batch_size * concurrent_batches(batch_size, max_num_seqs)
+            assert rows >= 2 * max_num_seqs or concurrent_batches(batch_size, max_num_seqs) == 128
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine_kwargs": {"dtyp": "float32"}}, "unknown field 'dtyp'"),
+        ({"engine_kwargs": {"dtype": "int3"}}, "dtype must be one of"),
+        ({"concurrency": 0}, "concurrency must be a positive number"),
+        ({"concurrency": (3, 2)}, "concurrency must be a positive number"),
+        ({"batchsize": 3}, "batchsize"),
+    ],
+)
+def test_a_bad_config_is_refused_when_it_is_made(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TideProcessorConfig(**{"model_source": "demo", **settings})

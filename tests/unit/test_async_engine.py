@@ -1,0 +1,158 @@
+"""AsyncEngine: sharing, sleeping, cancelling, failing. The engine is scripted; the real one is in tests/ray."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tide_ray.engine.async_engine import AsyncEngine, EngineDeadError
+from tide_ray.types import CompletionOutput, Prompt, RequestOutput, SamplingParams
+
+
+class ScriptedEngine:
+    """Each step gives every request one token; a request ends after ``max_tokens``. Notes what was asked of it."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, int] = {}
+        self.aborted: list[str] = []
+        self.threads: set[str] = set()
+        self.num_steps = 0
+        self.most_at_once = 0
+        self.error: Exception | None = None
+        self.may_step = threading.Event()
+        self.may_step.set()
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        assert request_id not in self.left
+        self.left[request_id] = params.max_tokens
+
+    def abort(self, request_id: str) -> None:
+        self.left.pop(request_id, None)
+        self.aborted.append(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[RequestOutput]:
+        self.may_step.wait()
+        self.threads.add(threading.current_thread().name)
+        self.num_steps += 1
+        self.most_at_once = max(self.most_at_once, len(self.left))
+        if self.error:
+            raise self.error
+        for request_id in self.left:
+            self.left[request_id] -= 1
+        done = [request_id for request_id, count in self.left.items() if count == 0]
+        for request_id in done:
+            del self.left[request_id]
+        return [RequestOutput(i, None, [1], [CompletionOutput(0, i, [1], [1], [1], "length")]) for i in done]
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def shared(engine: ScriptedEngine) -> Iterator[AsyncEngine]:
+    made = AsyncEngine(engine)
+    yield made
+    engine.may_step.set()
+    made.close()
+
+
+def params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens)
+
+
+def test_requests_share_steps_and_each_gets_its_own_answer(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> list[RequestOutput]:
+        engine.may_step.clear()
+        tasks = [asyncio.create_task(shared.generate("x", params(n), f"r{n}")) for n in (3, 1, 2)]
+        await asyncio.sleep(0.05)
+        engine.may_step.set()
+        return await asyncio.gather(*tasks)
+
+    outputs = asyncio.run(run())
+    assert [output.request_id for output in outputs] == ["r3", "r1", "r2"]
+    assert engine.most_at_once >= 2
+    assert engine.num_steps <= 4
+    assert engine.threads == {"tide-engine"}
+
+
+def test_two_event_loops_share_one_engine(shared: AsyncEngine) -> None:
+    results: list[RequestOutput] = []
+
+    def run(name: str) -> None:
+        results.append(asyncio.run(shared.generate("x", params(2), name)))
+
+    threads = [threading.Thread(target=run, args=(f"r{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(output.request_id for output in results) == ["r0", "r1", "r2", "r3"]
+
+
+def test_an_idle_engine_is_not_stepped(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> None:
+        await shared.generate("x", params(2))
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+    assert engine.num_steps == 2
+
+
+def test_cancelling_a_task_aborts_its_request_only(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> RequestOutput:
+        engine.may_step.clear()
+        doomed = asyncio.create_task(shared.generate("x", params(100_000_000), "doomed"))
+        other = asyncio.create_task(shared.generate("x", params(5), "other"))
+        await asyncio.sleep(0.05)
+        doomed.cancel()
+        engine.may_step.set()
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
+        output = await other
+        while not engine.aborted:
+            await asyncio.sleep(0.01)
+        return output
+
+    assert asyncio.run(run()).request_id == "other"
+    assert engine.aborted == ["doomed"]
+
+
+def test_a_failing_step_reaches_everybody_who_waits_and_kills_the_engine(
+    engine: ScriptedEngine, shared: AsyncEngine
+) -> None:
+    async def run() -> list[RequestOutput | BaseException]:
+        engine.error = RuntimeError("out of memory")
+        tasks = [asyncio.create_task(shared.generate("x", params(5))) for _ in range(3)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(EngineDeadError, match="out of memory"):
+            await shared.generate("x", params(1))
+        return results
+
+    results = asyncio.run(run())
+    assert [str(result) for result in results if isinstance(result, RuntimeError)] == ["out of memory"] * 3
+    assert shared.is_dead
+
+
+def test_closing_ends_requests_that_wait(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> None:
+        engine.may_step.clear()
+        task = asyncio.create_task(shared.generate("x", params(100_000_000)))
+        await asyncio.sleep(0.05)
+        closing = asyncio.create_task(asyncio.to_thread(shared.close))
+        await asyncio.sleep(0.05)
+        engine.may_step.set()
+        await closing
+        with pytest.raises(EngineDeadError, match="closed"):
+            await task
+        with pytest.raises(EngineDeadError, match="closed"):
+            await shared.generate("x", params(1))
+
+    asyncio.run(run())

@@ -1,0 +1,157 @@
+"""The ``tide-ray`` command: flags to a job configuration, and errors to exit codes.
+
+torch and ray are imported only when a job runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
+from tide_ray.types import UserError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="tide-ray",
+    help="Distributed batch inference on Ray: prompts in, Parquet with a depth and a time for every token out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from tide_ray import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distributed batch inference on Ray: prompts in, Parquet with a depth and a time for every token out."""
+
+
+def _flag(field: str, hint: str = "") -> Any:
+    """An option for a field of GenerateJobConfig, with the field's own description and default in its help."""
+    info = GenerateJobConfig.model_fields[field]
+    default = info.get_default(call_default_factory=True)
+    shown = "" if default is None or default == [] or isinstance(default, bool) else f" [{default}]"
+    return typer.Option(help=f"{info.description}{hint}{shown}")
+
+
+_REPEAT = "; may be given several times"
+_COMMAS = ", separated by commas"
+
+
+@app.command()
+def generate(
+    more_prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPTS]...", help="further prompt sources, like --prompts")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win")] = None,
+    model: Annotated[str | None, _flag("model")] = None,
+    revision: Annotated[str | None, _flag("revision")] = None,
+    prompts: Annotated[list[str] | None, _flag("prompts", _REPEAT)] = None,
+    prompt_column: Annotated[str | None, _flag("prompt_column")] = None,
+    id_column: Annotated[str | None, _flag("id_column")] = None,
+    raw: Annotated[bool | None, _flag("raw")] = None,
+    system_prompt: Annotated[str | None, _flag("system_prompt")] = None,
+    output: Annotated[str | None, _flag("output")] = None,
+    limit: Annotated[int | None, _flag("limit")] = None,
+    keep_columns: Annotated[str | None, _flag("keep_columns", _COMMAS)] = None,
+    rows_per_part: Annotated[int | None, _flag("rows_per_part")] = None,
+    max_tokens: Annotated[int | None, _flag("max_tokens")] = None,
+    temperature: Annotated[float | None, _flag("temperature")] = None,
+    top_p: Annotated[float | None, _flag("top_p")] = None,
+    top_k: Annotated[int | None, _flag("top_k")] = None,
+    min_p: Annotated[float | None, _flag("min_p")] = None,
+    repetition_penalty: Annotated[float | None, _flag("repetition_penalty")] = None,
+    min_tokens: Annotated[int | None, _flag("min_tokens")] = None,
+    stop: Annotated[list[str] | None, _flag("stop", _REPEAT)] = None,
+    stop_token_ids: Annotated[list[int] | None, _flag("stop_token_ids", _REPEAT)] = None,
+    ignore_eos: Annotated[bool | None, _flag("ignore_eos")] = None,
+    seed: Annotated[int | None, _flag("seed")] = None,
+    dtype: Annotated[str | None, _flag("dtype")] = None,
+    device: Annotated[str | None, _flag("device")] = None,
+    trust_remote_code: Annotated[bool | None, _flag("trust_remote_code")] = None,
+    max_num_seqs: Annotated[int | None, _flag("max_num_seqs")] = None,
+    max_model_len: Annotated[int | None, _flag("max_model_len")] = None,
+    max_num_batched_tokens: Annotated[int | None, _flag("max_num_batched_tokens")] = None,
+    policy: Annotated[str | None, _flag("policy")] = None,
+    exit_layer: Annotated[int | None, _flag("exit_layer")] = None,
+    skip_layers: Annotated[str | None, _flag("skip_layers", _COMMAS)] = None,
+    static_cost: Annotated[float | None, _flag("static_cost")] = None,
+    num_threads: Annotated[int | None, _flag("num_threads")] = None,
+    num_actors: Annotated[int | None, _flag("num_actors")] = None,
+    num_gpus_per_actor: Annotated[float | None, _flag("num_gpus_per_actor")] = None,
+    num_cpus_per_actor: Annotated[float | None, _flag("num_cpus_per_actor")] = None,
+    batch_size: Annotated[int | None, _flag("batch_size")] = None,
+    address: Annotated[str | None, _flag("address")] = None,
+    verbose: Annotated[bool | None, _flag("verbose")] = None,
+) -> None:
+    """Generate for every prompt and write Parquet. Without flags: the demo model on bundled prompts.
+
+    Interrupted jobs go on where they stopped when the same command runs again. Exit codes: 0 all rows, 2 usage,
+    3 finished with rejected rows (see errors/ in the output folder), 1 failed.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    try:
+        raise typer.Exit(_run(given))
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _run(given: dict[str, Any]) -> int:
+    path = given.pop("config", None)
+    if "prompts" in given or "more_prompts" in given:
+        given["prompts"] = [*given.get("prompts", []), *given.pop("more_prompts", [])]
+    if "keep_columns" in given and given["keep_columns"] != "all":
+        given["keep_columns"] = _split(given["keep_columns"])
+    if "skip_layers" in given:
+        given["skip_layers"] = [_layer(text) for text in _split(given["skip_layers"])]
+    settings = GenerateJobConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
+
+    from tide_ray.data.job import JobError, run_generate
+
+    try:
+        return run_generate(settings)
+    except JobError as error:
+        _fail(error, EXIT_FAILED)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _layer(text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"skip_layers must be layer numbers separated by commas, got {text!r}")
+    return int(text)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

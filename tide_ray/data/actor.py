@@ -1,0 +1,270 @@
+"""The class that Ray Data runs in each actor: one engine, and an async generator over it.
+
+Ray runs many ``__call__`` at once, one batch each, all on one event loop. They share the engine, so a finished row is
+replaced by a row of whichever batch is next; a batch is yielded whole, rows in input order, once its last row is done.
+(Ray 2.60 collects everything that a call yields before it passes it on, so yielding parts of a batch gains nothing;
+what keeps the engine full behind a slow row is that more batches run at once, see ``processor.concurrent_batches``.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from tide_ray.config import EngineConfig
+from tide_ray.data.ledger import DeathLedger
+from tide_ray.data.prompts import PARAMS_COLUMN, non_default_params, parse_messages, parse_sampling_params
+from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, TIMES, TOKEN_IDS
+from tide_ray.engine.async_engine import AsyncEngine
+from tide_ray.engine.engine import TideEngine
+from tide_ray.types import Prompt, RequestOutput, SamplingParams, UserError
+
+logger = logging.getLogger(__name__)
+
+RESULT_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("prompt_token_ids", TOKEN_IDS),
+        ("num_input_tokens", pa.int32()),
+        ("generated_tokens", TOKEN_IDS),
+        ("generated_text", pa.string()),
+        ("num_generated_tokens", pa.int32()),
+        ("exit_layers", DEPTHS),
+        ("token_times_us", TIMES),
+        ("mean_exit_layer", pa.float32()),
+        ("finish_reason", pa.string()),
+        ("queue_time_us", pa.int64()),
+        ("total_time_us", pa.int64()),
+        ("request_id", pa.string()),
+        ("batch_uuid", pa.string()),
+        ("time_taken_llm", pa.float64()),
+        ("params", pa.string()),
+        (ERROR_COLUMN, pa.string()),
+    ]
+)
+"""Columns that every row gets, the same for rejected rows, beside the input's own columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorOptions:
+    """How rows become requests.
+
+    Args:
+        wraps_strings: a string prompt becomes one user message when the tokenizer has a chat template.
+        system_prompt: put before chat prompts that have no system message.
+        apply_chat_template: ``messages`` are used at all.
+        returns_given_prompt: the ``prompt`` column is the prompt as given (JSON for messages), not as rendered.
+        continues_on_error: a rejected row gets its reason in the error column; otherwise it fails the data set.
+        ledger_folder: where to note rows that are being run, to give up on rows that kill the process.
+        ledger_key: the column that identifies rows there.
+    """
+
+    wraps_strings: bool = False
+    system_prompt: str | None = None
+    apply_chat_template: bool = True
+    returns_given_prompt: bool = False
+    continues_on_error: bool = False
+    ledger_folder: str | None = None
+    ledger_key: str = "row_id"
+
+
+class Generator:
+    """Generates for tables of prompts.
+
+    Args:
+        model: what ``TideEngine.from_pretrained`` takes.
+        config: the engine's settings.
+        options: how rows become requests.
+        board: a Ray actor handle of ``progress.Board`` to report to, or None.
+    """
+
+    def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions, board: Any = None) -> None:
+        self._options = options
+        self._board = board
+        self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            self._engine = self._make_engine(model, config)
+            self._check_options()
+        except UserError as error:
+            self._report_failure(error)
+            raise
+        self._async_engine = AsyncEngine(self._engine)
+        self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
+        if board is not None:
+            import ray
+
+            # Waited for, so that facts about the engine are known wherever its results are.
+            ray.get(board.engine_started.remote(self._name, self._engine.describe()))
+
+    def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
+        return TideEngine.from_pretrained(model, config)
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        """Generate for each row. Yields one table: ``batch``'s columns and RESULT_SCHEMA's, rows in input order."""
+        names = [n for n in ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN) if n in batch.column_names]
+        rows = batch.select(names).to_pylist() if names else [{} for _ in range(batch.num_rows)]
+        batch_uuid = uuid.uuid4().hex
+        try:
+            if self._ledger is None:
+                results = await asyncio.gather(*(self._generate(row, batch_uuid) for row in rows))
+            else:
+                keys = batch[self._options.ledger_key].to_pylist()
+                runs = [lambda row=row: self._generate(row, batch_uuid) for row in rows]
+                results = await self._ledger.run(keys, runs, lambda i, e: _failed_row(rows[i], e, batch_uuid))
+        except UserError:
+            raise
+        except Exception as error:
+            self._leave_if_fatal(error)
+            self._report_failure(error)
+            raise
+        self._report_batch(results)
+        yield _attach(batch, results)
+
+    async def _generate(self, row: dict[str, Any], batch_uuid: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            prompt, params = self._request(row)
+            output = await self._async_engine.generate(prompt, params)
+            if output.error:
+                raise UserError(output.error)
+        except UserError as error:
+            if not self._options.continues_on_error:
+                self._report_failure(error)
+                raise
+            return _failed_row(row, str(error), batch_uuid)
+        result = _finished_row(output, params, batch_uuid, time.perf_counter() - start)
+        if self._options.returns_given_prompt:
+            result["prompt"] = _given_prompt(row)
+        return result
+
+    def _request(self, row: dict[str, Any]) -> tuple[Prompt, SamplingParams]:
+        params = SamplingParams.from_mapping(parse_sampling_params(row.get(PARAMS_COLUMN)))
+        if params.n != 1 or params.logprobs is not None:
+            raise UserError(f"n must be 1 and logprobs none for rows, got n={params.n}, logprobs={params.logprobs}")
+        prompt, messages, token_ids = row.get("prompt"), row.get("messages"), row.get("prompt_token_ids")
+        if token_ids is not None:
+            return [int(token_id) for token_id in token_ids], params
+        if messages is not None and self._options.apply_chat_template:
+            return self._with_system_prompt(parse_messages(messages)), params
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt must be a string, got {type(prompt).__name__}")
+        if self._options.wraps_strings and self._has_chat_template:
+            return self._with_system_prompt([{"role": "user", "content": prompt}]), params
+        return prompt, params
+
+    @property
+    def _has_chat_template(self) -> bool:
+        return bool(getattr(self._engine.tokenizer, "chat_template", None))
+
+    def _with_system_prompt(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        system = self._options.system_prompt
+        if system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    def _check_options(self) -> None:
+        if self._options.system_prompt is not None and not self._has_chat_template:
+            raise UserError("system_prompt needs a chat template, the model's tokenizer has none")
+
+    def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
+        if self._board is None:
+            return
+        stats = self._engine.stats
+        totals = {
+            "rows": len(results),
+            "errors": sum(bool(result[ERROR_COLUMN]) for result in results),
+            "tokens": sum(result["num_generated_tokens"] for result in results),
+            "depths": sum(sum(result["exit_layers"]) for result in results),
+        }
+        engine = {
+            "rows_through_layer": list(stats.rows_through_layer),
+            "num_steps": stats.num_steps,
+            "num_preemptions": stats.num_preemptions,
+            "launches": dict(stats.launches),
+        }
+        self._board.batch_done.remote(self._name, totals, engine)
+
+    def _report_failure(self, error: Exception) -> None:
+        if self._board is not None:
+            import ray
+
+            ray.get(self._board.failed.remote(f"{error}", isinstance(error, UserError)))
+
+    def _leave_if_fatal(self, error: Exception) -> None:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        if not isinstance(cause, torch.AcceleratorError):
+            return
+        # The CUDA context is gone for good. Raising would send the retry to this same broken process; only a process
+        # that dies is replaced, and only this kind of death lets Ray run the batch again elsewhere.
+        logger.error("fatal device error, leaving so that the actor is restarted: %s", cause)
+        os._exit(1)
+
+
+def _finished_row(output: RequestOutput, params: SamplingParams, batch_uuid: str, seconds: float) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "num_input_tokens": len(output.prompt_token_ids),
+        "generated_tokens": completion.token_ids,
+        "generated_text": completion.text,
+        "num_generated_tokens": len(completion.token_ids),
+        "exit_layers": completion.exit_layers,
+        "token_times_us": completion.token_times_us,
+        "mean_exit_layer": completion.mean_exit_layer,
+        "finish_reason": completion.finish_reason,
+        "queue_time_us": output.queue_time_us,
+        "total_time_us": output.total_time_us,
+        "request_id": output.request_id,
+        "batch_uuid": batch_uuid,
+        "time_taken_llm": seconds,
+        "params": json.dumps(non_default_params(params)),
+        ERROR_COLUMN: "",
+    }
+
+
+def _failed_row(row: dict[str, Any], error: str, batch_uuid: str) -> dict[str, Any]:
+    return {
+        "prompt": _given_prompt(row),
+        "prompt_token_ids": [],
+        "num_input_tokens": 0,
+        "generated_tokens": [],
+        "generated_text": "",
+        "num_generated_tokens": 0,
+        "exit_layers": [],
+        "token_times_us": [],
+        "mean_exit_layer": 0.0,
+        "finish_reason": "error",
+        "queue_time_us": 0,
+        "total_time_us": 0,
+        "request_id": "",
+        "batch_uuid": batch_uuid,
+        "time_taken_llm": -1.0,
+        "params": "",
+        ERROR_COLUMN: error,
+    }
+
+
+def _given_prompt(row: dict[str, Any]) -> str | None:
+    """The prompt as the input has it: the string, messages as JSON, None for token ids."""
+    messages = row.get("messages")
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    return messages if messages is None or isinstance(messages, str) else json.dumps(messages, default=str)
+
+
+def _attach(batch: pa.Table, results: Sequence[dict[str, Any]]) -> pa.Table:
+    made = pa.Table.from_pylist(list(results), schema=RESULT_SCHEMA)
+    carried = [name for name in batch.column_names if name not in RESULT_SCHEMA.names]
+    schema = pa.schema([*(batch.schema.field(name) for name in carried), *RESULT_SCHEMA])
+    return pa.Table.from_arrays([*(batch[name] for name in carried), *made.columns], schema=schema)

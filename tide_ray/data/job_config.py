@@ -1,0 +1,146 @@
+"""Every setting of the generation job in one typed model; flags, YAML and Python build the same object.
+
+``GenerateJobConfig.build`` is the door for values that a user typed: every mistake becomes a one-line UserError that
+names the field and the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tide_ray.config import EngineConfig
+from tide_ray.types import SamplingParams, UserError
+
+SAMPLING_FIELDS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed",
+)  # fmt: skip
+ENGINE_FIELDS = (
+    "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len",
+    "max_num_batched_tokens", "policy", "exit_layer", "skip_layers", "static_cost", "num_threads",
+)  # fmt: skip
+
+
+class GenerateJobConfig(BaseModel):
+    """What to generate, with which model, how it is sampled, and where it runs.
+
+    An empty ``prompts`` means the bundled demo prompts. ``num_gpus_per_actor`` and ``num_cpus_per_actor`` left at None
+    are planned from the cluster; ``address`` None means this machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = Field(default="demo", min_length=1, description="hub id, folder, .gguf file or 'demo'")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    prompts: list[str] = Field(default_factory=list, description="files, folders, globs or data sets (hf:NAME)")
+    prompt_column: str | None = Field(default=None, description="column that holds the prompts")
+    id_column: str | None = Field(default=None, description="column that holds unique row ids")
+    raw: bool = Field(default=False, description="use string prompts as they are, without the chat template")
+    system_prompt: str | None = Field(default=None, description="system message put before every chat prompt")
+    output: str = Field(default="./tide-output", min_length=1, description="output folder")
+    limit: int | None = Field(default=None, ge=1, description="read only this many prompts")
+    keep_columns: list[str] | Literal["all"] = Field(default_factory=list, description="input columns to keep, or all")
+    rows_per_part: int | None = Field(default=None, ge=1, description="rows per Parquet part")
+
+    max_tokens: int = Field(default=128, description="most tokens to generate per prompt")
+    temperature: float = Field(default=0.0, description="0 is greedy")
+    top_p: float = Field(default=1.0, description="nucleus sampling, in (0, 1]")
+    top_k: int = Field(default=0, description="keep the k likeliest tokens; 0 keeps all")
+    min_p: float = Field(default=0.0, description="drop tokens less likely than this share of the likeliest")
+    repetition_penalty: float = Field(default=1.0, description="above 1 discourages repetition")
+    min_tokens: int = Field(default=0, description="fewest tokens to generate per prompt")
+    stop: list[str] = Field(default_factory=list, description="strings that end the text")
+    stop_token_ids: list[int] = Field(default_factory=list, description="further token ids that end the text")
+    ignore_eos: bool = Field(default=False, description="generate past the end-of-sequence token")
+    seed: int | None = Field(
+        default=None, description="makes a sampled run reproducible; each row derives its own seed"
+    )
+
+    dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="run modelling code that comes with the weights")
+    max_num_seqs: int | None = Field(default=None, description="most resident sequences per actor")
+    max_model_len: int | None = Field(default=None, description="most tokens of prompt plus answer")
+    max_num_batched_tokens: int = Field(default=2048, description="most rows of one engine step")
+    policy: str = Field(default="full", description="full or static")
+    exit_layer: int | None = Field(default=None, description="static: every token stops at this depth")
+    skip_layers: list[int] = Field(default_factory=list, description="static: layers that no token runs")
+    static_cost: float | None = Field(default=None, description="static: share of layers to keep, in (0, 1]")
+    num_threads: int | None = Field(default=None, description="CPU threads per actor")
+
+    num_actors: int = Field(default=1, ge=1, description="engines, one Ray actor each")
+    num_gpus_per_actor: float | None = Field(default=None, ge=0, description="GPUs per actor")
+    num_cpus_per_actor: float | None = Field(default=None, ge=0, description="CPUs that Ray sets aside per actor")
+    batch_size: int = Field(default=32, ge=1, description="rows per Ray Data batch and block")
+    address: str | None = Field(default=None, description="Ray cluster address")
+    verbose: bool = Field(default=False, description="show Ray's own logs and progress bars")
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> GenerateJobConfig:
+        """Validate user-given values.
+
+        Raises:
+            UserError: an unknown name, a wrong type or a value outside its range.
+        """
+        try:
+            config = cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise UserError(_first_problem(error)) from None
+        config.sampling_params()
+        config.engine_config()
+        if config.raw and config.system_prompt is not None:
+            raise UserError("system_prompt needs the chat template, got raw=True")
+        if "://" in config.output:
+            raise UserError(f"output must be a folder that every node can see, got {config.output!r}")
+        return config
+
+    @classmethod
+    def from_yaml(cls, path: str, overrides: Mapping[str, Any] | None = None) -> GenerateJobConfig:
+        """Read a YAML mapping of field names; ``overrides`` (the flags given) win.
+
+        Raises:
+            UserError: the file is missing or not such a mapping, or ``build`` refuses the values.
+        """
+        return cls.build({**read_yaml_mapping(path), **(overrides or {})})
+
+    def sampling_params(self) -> SamplingParams:
+        """The defaults of every row; a row's own ``sampling_params`` override them."""
+        return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
+
+    def engine_config(self) -> EngineConfig:
+        values = {name: getattr(self, name) for name in ENGINE_FIELDS}
+        values["skip_layers"] = tuple(self.skip_layers)
+        return EngineConfig(**values)
+
+
+def read_yaml_mapping(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when there is none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"config: cannot read {path!r}: {reason}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {path!r} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"config: {path!r} must hold a mapping of field names to values")
+    return values
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = str(problem["loc"][0]) if problem["loc"] else "config"
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(GenerateJobConfig.model_fields)
+        return f"config: unknown field {name!r}; known: {known}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{name}: {message}, got {problem['input']!r}"

@@ -1,0 +1,189 @@
+"""The life of an output folder: what was asked, what is committed, what is left, and when it is finished.
+
+- ``_job.json``: the job's fingerprint, what must not change between attempts
+- ``_input/``: the snapshot of the prompts
+- ``data/``, ``errors/``: committed parts; the row ids in them are done
+- ``run.json``, ``_SUCCESS``: facts and counts of the finished job
+- ``_lock``, ``_tmp/``: the owner, and files not committed yet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, TMP_FOLDER, commit_file, make_error_table, write_part
+from tide_ray.data.snapshot import SNAPSHOT_FILE, Snapshot, read_rows
+from tide_ray.types import UserError
+
+JOB_FILE = "_job.json"
+INPUT_FOLDER = "_input"
+RUN_FILE = "run.json"
+SUCCESS_FILE = "_SUCCESS"
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Row ids that need no more work, by where they are."""
+
+    data: set[str]
+    errors: set[str]
+
+    @property
+    def ids(self) -> set[str]:
+        return self.data | self.errors
+
+
+class JobFolder:
+    """One attempt at the job in ``path``. Its owner holds the lock; see ``tide_ray.data.lock``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().resolve()
+        self.attempt = uuid.uuid4().hex[:12]
+
+    @property
+    def input_folder(self) -> Path:
+        return self.path / INPUT_FOLDER
+
+    @property
+    def new_input_folder(self) -> Path:
+        """Where this attempt writes its snapshot before it is compared with the one that may be there."""
+        return self.path / TMP_FOLDER / f"input-{self.attempt}"
+
+    @property
+    def ledger_folder(self) -> Path:
+        return self.path / TMP_FOLDER / "running"
+
+    def create(self) -> None:
+        """Make the folder, or accept it if it is empty or holds a job.
+
+        Raises:
+            UserError: it holds something else, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            names = {entry.name for entry in self.path.iterdir()}
+            foreign = {name for name in names if not name.startswith("_")}
+            if foreign and JOB_FILE not in names:
+                raise UserError(f"output: {str(self.path)!r} holds other files ({min(foreign)}) and no job")
+        except OSError as error:
+            raise UserError(f"output: cannot write {str(self.path)!r}: {error.strerror}") from None
+
+    def adopt(self, fields: Mapping[str, Any]) -> None:
+        """Bind the folder to a job, or check that it is this one; then move a new snapshot into place.
+
+        Args:
+            fields: what identifies the job, JSON values by name.
+
+        Raises:
+            UserError: the folder belongs to a job with other fields; names each with both values.
+        """
+        path = self.path / JOB_FILE
+        fields = json.loads(json.dumps(fields))
+        if path.exists():
+            before = self._read_json(path)
+            differing = [name for name in {**before, **fields} if before.get(name) != fields.get(name)]
+            if differing:
+                details = "; ".join(f"{name} was {before.get(name)!r}, now {fields.get(name)!r}" for name in differing)
+                raise UserError(f"output: {str(self.path)!r} belongs to a different job: {details}")
+        if not (self.input_folder / SNAPSHOT_FILE).exists():
+            shutil.rmtree(self.input_folder, ignore_errors=True)
+            os.replace(self.new_input_folder, self.input_folder)
+        if not path.exists():
+            self._write_json(JOB_FILE, fields)
+
+    def committed(self) -> Committed:
+        """The ids in committed parts. Raises UserError for a part that cannot be read."""
+        return Committed(self._row_ids(DATA_FOLDER), self._row_ids(ERRORS_FOLDER))
+
+    def write_bad_rows(self, committed: Committed, facts: Mapping[str, Any]) -> None:
+        """Commit the snapshot's unusable rows to ``errors/``."""
+        tables = []
+        for table in read_rows(self.input_folder, committed.errors):
+            bad = table.filter(pc.not_equal(table["error"], ""))
+            tables.append(make_error_table(bad["row_id"], bad["error"], bad["prompt"], stage="input"))
+            committed.errors.update(bad["row_id"].to_pylist())
+        if tables:
+            write_part(self.path, ERRORS_FOLDER, f"part-{self.attempt}-input.parquet", tables, facts)
+
+    def write_todo(self, committed: Committed) -> tuple[Path, int]:
+        """The snapshot's rows that are left, as Parquet in a folder of this attempt. Returns it and their number."""
+        folder = self.path / TMP_FOLDER / f"todo-{self.attempt}"
+        folder.mkdir(parents=True)
+        num_rows = 0
+        for number, table in enumerate(read_rows(self.input_folder, committed.ids)):
+            pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
+            num_rows += table.num_rows
+        return folder, num_rows
+
+    def finished(self) -> dict[str, Any] | None:
+        """The counts of the finished job, None if it is not finished."""
+        path = self.path / SUCCESS_FILE
+        return self._read_json(path) if path.exists() else None
+
+    def check_complete(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Rows, errors, tokens and mean depth of a job that is done. Raises RuntimeError if it is not."""
+        committed = self.committed()
+        twice = committed.data & committed.errors
+        count = len(committed.data) + len(committed.errors)
+        if twice or count != snapshot.num_rows:
+            raise RuntimeError(
+                f"{count} of {snapshot.num_rows} rows are committed, {len(twice)} of them both as result and as error"
+            )
+        tokens, depths = self._tokens_and_depths()
+        counts = {"rows": len(committed.data), "errors": len(committed.errors), "tokens": tokens}
+        return {**counts, "mean_depth": round(depths / tokens, 4) if tokens else 0.0}
+
+    def finish(self, run: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+        """Write the facts, then the mark that the job is finished."""
+        self._write_json(RUN_FILE, run)
+        self._write_json(SUCCESS_FILE, counts)
+
+    def clear_uncommitted(self) -> None:
+        """Remove files that were never committed, of this attempt and of dead ones."""
+        shutil.rmtree(self.path / TMP_FOLDER, ignore_errors=True)
+
+    def _row_ids(self, folder: str) -> set[str]:
+        ids: set[str] = set()
+        for table in self._parts(folder, ["row_id"]):
+            ids.update(table["row_id"].to_pylist())
+        return ids
+
+    def _tokens_and_depths(self) -> tuple[int, float]:
+        """Generated tokens, and the sum of their depths, over all committed rows."""
+        tokens, depths = 0, 0.0
+        for table in self._parts(DATA_FOLDER, ["num_generated_tokens", "mean_exit_layer"]):
+            counts = table["num_generated_tokens"].cast(pa.float64())
+            tokens += pc.sum(table["num_generated_tokens"]).as_py()
+            depths += pc.sum(pc.multiply(counts, table["mean_exit_layer"])).as_py()
+        return tokens, depths
+
+    def _parts(self, folder: str, columns: list[str]) -> Iterator[pa.Table]:
+        for path in sorted((self.path / folder).glob("*.parquet")):
+            try:
+                yield pq.read_table(path, columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"output: {str(path)!r} is damaged: {' '.join(str(error).split())}") from None
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"output: {str(path)!r} is damaged") from None
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        temporary = self.path / TMP_FOLDER / f"{name}.{self.attempt}"
+        temporary.parent.mkdir(exist_ok=True)
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, default=str)}" for key, value in values.items())
+        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        commit_file(temporary, self.path / name)

@@ -1,0 +1,80 @@
+"""Part files: complete from the moment they can be seen.
+
+A part is written under ``_tmp``, fsynced and renamed into ``data/`` or ``errors/``. The file itself is the commit
+record: a killed job leaves only whole parts behind.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tide_ray.data.schema import ERROR_COLUMN, ERROR_SCHEMA, KEPT_PREFIX, OUTPUT_SCHEMA, with_metadata
+
+DATA_FOLDER = "data"
+ERRORS_FOLDER = "errors"
+TMP_FOLDER = "_tmp"
+
+
+def output_table(block: pa.Table) -> pa.Table:
+    """The successful rows of a processed block, in the output schema with the kept columns behind."""
+    rows = block.filter(pc.equal(block[ERROR_COLUMN], ""))
+    kept = [name for name in block.column_names if name.startswith(KEPT_PREFIX)]
+    columns = [rows[item.name].cast(item.type) for item in OUTPUT_SCHEMA] + [rows[name] for name in kept]
+    fields = [*OUTPUT_SCHEMA, *(pa.field(name.removeprefix(KEPT_PREFIX), block[name].type) for name in kept)]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def error_table(block: pa.Table) -> pa.Table:
+    """The rejected rows of a processed block, in the error schema."""
+    rows = block.filter(pc.not_equal(block[ERROR_COLUMN], ""))
+    return make_error_table(rows["row_id"], rows[ERROR_COLUMN], rows["prompt"], stage="generate")
+
+
+def make_error_table(row_ids: Any, errors: Any, prompts: Any, *, stage: str) -> pa.Table:
+    """An error table from columns of equal length."""
+    count = len(row_ids)
+    columns = [row_ids, [stage] * count, errors, [1] * count, prompts]
+    arrays = [
+        column.cast(item.type) if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, item.type)
+        for column, item in zip(columns, ERROR_SCHEMA, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=ERROR_SCHEMA)
+
+
+def write_part(output: Path, folder: str, name: str, tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> None:
+    """Commit ``tables`` as ``output/folder/name``, or nothing when they hold no rows."""
+    table = pa.concat_tables(tables).combine_chunks()
+    if table.num_rows == 0:
+        return
+    temporary = output / TMP_FOLDER / f"{name}.{uuid.uuid4().hex}"
+    target = output / folder / name
+    temporary.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
+    try:
+        pq.write_table(table.cast(with_metadata(table.schema, facts)), temporary, compression="zstd")
+        commit_file(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def commit_file(temporary: Path, target: Path) -> None:
+    """Make ``temporary`` durable, then visible as ``target`` in one step. Both are on one filesystem."""
+    _fsync(temporary)
+    os.replace(temporary, target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,184 @@
+"""``build_processor``: generation as a step of any Ray Data pipeline, with the names and row contract of ray.data.llm.
+
+Rows bring ``messages``, ``prompt`` or ``prompt_token_ids``, and ``sampling_params`` if they like; they leave with the
+columns of ``actor.RESULT_SCHEMA`` beside their own. Strings are used as they are, messages through the template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from ray.data import ActorPoolStrategy, Dataset
+
+from tide_ray.config import EngineConfig
+from tide_ray.data.actor import Generator, GeneratorOptions
+from tide_ray.data.placement import Placement, live_nodes, plan_placement
+from tide_ray.types import UserError
+
+RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+
+ROWS_IN_FLIGHT_PER_RESIDENT = 4
+USUAL_RESIDENTS = 256
+MAX_CONCURRENT_BATCHES = 128
+
+
+class TideProcessorConfig(BaseModel):
+    """A model, its engine and the actors that run it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_source: str = Field(description="hub id, folder, .gguf file or 'demo'")
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="fields of EngineConfig")
+    batch_size: int = Field(default=32, ge=1, description="rows per batch and block")
+    concurrency: int | tuple[int, int] = Field(
+        default=1, description="actors: a number, or (min, max) to scale between"
+    )
+    accelerator_type: str | None = Field(default=None, description="Ray accelerator type that actors need")
+    runtime_env: dict[str, Any] | None = Field(default=None, description="Ray runtime environment of the actors")
+    max_concurrent_batches: int | None = Field(
+        default=None, ge=1, description="batches in one actor at a time; None keeps the engine full behind slow rows"
+    )
+    should_continue_on_error: bool = Field(
+        default=False, description="put a row's error in its row instead of raising it"
+    )
+    num_gpus_per_actor: float | None = Field(default=None, ge=0, description="None: 1 if the cluster has GPUs to use")
+    num_cpus_per_actor: float | None = Field(default=None, ge=0, description="None: leaves CPUs to reads and writes")
+    apply_chat_template: bool = Field(default=True, description="use the messages column, through the model's template")
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _check_engine_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        make_engine_config(value)
+        return value
+
+    @field_validator("concurrency")
+    @classmethod
+    def _check_concurrency(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = (value, value) if isinstance(value, int) else value
+        if not 1 <= low <= high:
+            raise UserError(f"concurrency must be a positive number or (min, max), got {value!r}")
+        return value
+
+    @property
+    def num_actors(self) -> int:
+        """Actors that must be able to run at once."""
+        return self.concurrency if isinstance(self.concurrency, int) else self.concurrency[0]
+
+
+def make_engine_config(engine_kwargs: Mapping[str, Any]) -> EngineConfig:
+    """EngineConfig from a mapping. Raises UserError for an unknown field or a bad value."""
+    known = [f.name for f in dataclasses.fields(EngineConfig)]
+    for name in engine_kwargs:
+        if name not in known:
+            raise UserError(f"engine_kwargs: unknown field {name!r}; known: {', '.join(known)}")
+    return EngineConfig(**engine_kwargs)
+
+
+def concurrent_batches(batch_size: int, max_num_seqs: int | None) -> int:
+    """Batches one actor runs at a time so that its engine stays full.
+
+    A batch is only over when its slowest row is, and its finished rows occupy no resident meanwhile; four rows in
+    flight per resident keep residents busy with answers up to four times longer than the mean.
+    """
+    rows = ROWS_IN_FLIGHT_PER_RESIDENT * (max_num_seqs or USUAL_RESIDENTS)
+    return min(max(2, -(-rows // batch_size)), MAX_CONCURRENT_BATCHES)
+
+
+class Processor:
+    """Applies to a data set, lazily: ``preprocess``, generation, ``postprocess``. See ``build_processor``."""
+
+    def __init__(
+        self,
+        config: TideProcessorConfig,
+        preprocess: RowFunction | None = None,
+        postprocess: RowFunction | None = None,
+        *,
+        options: GeneratorOptions | None = None,
+        board: Any = None,
+        max_batches_per_actor: int | None = None,
+        generator: type[Generator] = Generator,
+    ) -> None:
+        self.config = config
+        self._preprocess = preprocess
+        self._postprocess = postprocess
+        self._options = options or GeneratorOptions(
+            apply_chat_template=config.apply_chat_template, continues_on_error=config.should_continue_on_error
+        )
+        self._board = board
+        self._max_batches = max_batches_per_actor or MAX_CONCURRENT_BATCHES
+        self._generator = generator
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        """The processed data set. Raises UserError if the cluster cannot place the actors."""
+        if self._preprocess is not None:
+            dataset = dataset.map(self._preprocess)
+        dataset = self._generate(dataset)
+        return dataset if self._postprocess is None else dataset.map(self._postprocess)
+
+    def _generate(self, dataset: Dataset) -> Dataset:
+        config = self.config
+        engine = make_engine_config(config.engine_kwargs)
+        placement = self._placement(engine)
+        batches = config.max_concurrent_batches or concurrent_batches(config.batch_size, engine.max_num_seqs)
+        batches = min(batches, self._max_batches)
+        low, high = (config.concurrency,) * 2 if isinstance(config.concurrency, int) else config.concurrency
+        # A block is what Ray retries and hands out, so it is made as large as a batch whatever the input's layout was.
+        return dataset.repartition(target_num_rows_per_block=config.batch_size).map_batches(
+            self._generator,
+            fn_constructor_kwargs={
+                "model": config.model_source,
+                "config": _on_this_node(engine, placement),
+                "options": self._options,
+                "board": self._board,
+            },
+            batch_size=config.batch_size,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=low,
+                max_size=high,
+                max_concurrent_calls_per_actor=batches,
+                # Rows already queue inside the actor; more tasks waiting there would only be missing elsewhere.
+                max_tasks_in_flight_per_actor=batches,
+            ),
+            num_gpus=placement.num_gpus or None,
+            num_cpus=placement.num_cpus,
+            accelerator_type=config.accelerator_type,
+            runtime_env=config.runtime_env,
+            udf_modifying_row_count=False,
+        )
+
+    def _placement(self, engine: EngineConfig) -> Placement:
+        if not ray.is_initialized():
+            ray.init()
+        return plan_placement(
+            live_nodes(ray.nodes()),
+            num_actors=self.config.num_actors,
+            device=engine.device,
+            num_gpus=self.config.num_gpus_per_actor,
+            num_cpus=self.config.num_cpus_per_actor,
+        )
+
+
+def build_processor(
+    config: TideProcessorConfig, preprocess: RowFunction | None = None, postprocess: RowFunction | None = None
+) -> Processor:
+    """A callable from data set to data set.
+
+    Args:
+        config: model and actors.
+        preprocess: a row to a row with ``messages``, ``prompt`` or ``prompt_token_ids``, and ``sampling_params``.
+        postprocess: a generated row to the row to keep; rejected rows go through it too and have the same columns.
+    """
+    return Processor(config, preprocess, postprocess)
+
+
+def _on_this_node(engine: EngineConfig, placement: Placement) -> EngineConfig:
+    """The engine's share of a node. Ray would give it as many threads as CPUs it set aside, for a GPU actor one."""
+    share = engine.kv_memory_fraction if placement.num_gpus else engine.kv_memory_fraction / placement.actors_per_node
+    return dataclasses.replace(
+        engine, num_threads=engine.num_threads or placement.num_threads, kv_memory_fraction=share
+    )

@@ -1,0 +1,64 @@
+"""What identifies a job, what ran it, and the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tide_ray.data.job_config import GenerateJobConfig
+from tide_ray.data.prompts import non_default_params
+from tide_ray.data.schema import SCHEMA_VERSION
+from tide_ray.data.snapshot import Snapshot
+
+REPORTED_PACKAGES = ("tide-ray", "torch", "transformers", "ray", "pyarrow")
+
+
+def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapshot) -> dict[str, Any]:
+    """The fields that must agree between attempts at one output folder: everything that changes an answer or a column.
+
+    Where and how fast it runs (device, actors, batch sizes, threads) may differ.
+    """
+    return {
+        "model_identity": model_identity,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "policy": config.policy,
+        "exit_layer": config.exit_layer,
+        "skip_layers": config.skip_layers,
+        "static_cost": config.static_cost,
+        "max_model_len": config.max_model_len,
+        "sampling": non_default_params(config.sampling_params()),
+        "raw": config.raw,
+        "system_prompt": config.system_prompt,
+        "keep_columns": config.keep_columns,
+        "input_sha256": snapshot.sha256,
+        "input_rows": snapshot.num_rows,
+        "tide_ray_version": version("tide-ray"),
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def software_versions() -> dict[str, str]:
+    return {"python": python_version(), **{name: version(name) for name in REPORTED_PACKAGES}}
+
+
+def print_summary(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
+    """The closing table. ``facts`` are those of ``run.json``."""
+    table = Table(show_header=False, title="tide-ray generate", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("rows", f"{facts['rows']:,}")
+    table.add_row("errors", f"{facts['errors']:,}")
+    table.add_row("tokens", f"{facts['tokens']:,}")
+    if "tokens_per_second" in facts:
+        table.add_row("tokens/s", f"{facts['tokens_per_second']:,.1f}")
+    if facts["tokens"]:
+        table.add_row("mean depth", f"{facts['mean_depth']:.2f}")
+    table.add_row("output", str(output))
+    console.print(table)

@@ -1,0 +1,65 @@
+"""The Arrow schemas of what a job writes: result rows, error rows, and the run facts in the files' metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+METADATA_PREFIX = "tide_ray."
+ERROR_COLUMN = "__inference_error__"
+KEPT_PREFIX = "kept__"
+"""Input columns that the user keeps travel under this prefix, so that they cannot meet a column of ours."""
+
+
+def _plain_list(item: pa.DataType) -> pa.DataType:
+    # Items are declared not null: readers then see SMALLINT[] and friends, not an extension type or a nullable int64.
+    return pa.list_(pa.field("element", item, nullable=False))
+
+
+TOKEN_IDS = _plain_list(pa.int32())
+DEPTHS = _plain_list(pa.int16())
+TIMES = _plain_list(pa.int32())
+
+OUTPUT_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("prompt", pa.string()),
+        ("generated_text", pa.string()),
+        ("generated_tokens", TOKEN_IDS),
+        ("exit_layers", DEPTHS),
+        ("token_times_us", TIMES),
+        ("num_input_tokens", pa.int32()),
+        ("num_generated_tokens", pa.int32()),
+        ("mean_exit_layer", pa.float32()),
+        ("finish_reason", pa.string()),
+        ("queue_time_us", pa.int64()),
+        ("total_time_us", pa.int64()),
+    ]
+)
+"""One row per prompt. The three lists have equal length; ``exit_layers`` holds depths, times are microseconds."""
+
+ERROR_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("attempts", pa.int32()),
+        ("prompt", pa.string()),
+    ]
+)
+"""One row per prompt that got no result. ``stage`` is ``input`` (never reached the engine) or ``generate``."""
+
+
+def with_metadata(schema: pa.Schema, facts: Mapping[str, Any]) -> pa.Schema:
+    """The schema with run facts in its metadata, one ``tide_ray.<name>`` entry each: strings as they are, else JSON."""
+    entries = {"schema_version": SCHEMA_VERSION, **facts}
+    encoded = {
+        METADATA_PREFIX + name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        for name, value in entries.items()
+        if value is not None
+    }
+    return schema.with_metadata(encoded)

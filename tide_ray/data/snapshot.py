@@ -1,0 +1,176 @@
+"""The input snapshot: any source, normalised to Parquet with a stable ``row_id``, in bounded memory.
+
+``_input/part-*.parquet`` holds every row of the job, bad ones included, and ``_input/snapshot.json`` what they are.
+Ray reads only these files, so a job resumes from what it saw first, wherever the prompts came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tide_ray.data.job_config import GenerateJobConfig
+from tide_ray.data.locate import open_sources
+from tide_ray.data.prompts import PARAMS_COLUMN, PROMPT_COLUMNS, PromptRow, RowMaker, prompt_columns
+from tide_ray.data.schema import KEPT_PREFIX, OUTPUT_SCHEMA
+from tide_ray.data.sources import Source, conform
+from tide_ray.types import UserError
+
+ROWS_PER_FILE = 16_384
+SNAPSHOT_FILE = "snapshot.json"
+
+INPUT_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("row_index", pa.int64()),
+        ("prompt", pa.string()),
+        ("messages", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        (PARAMS_COLUMN, pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A written snapshot: row counts, a hash over ids and contents in order, and where the rows came from."""
+
+    num_rows: int
+    num_bad_rows: int
+    sha256: str
+    sources: list[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> Snapshot:
+        return cls(**json.loads((folder / SNAPSHOT_FILE).read_text(encoding="utf-8")))
+
+
+def write_snapshot(config: GenerateJobConfig, folder: Path) -> Snapshot:
+    """Read ``config.prompts`` and write the snapshot into the new folder ``folder``.
+
+    Raises:
+        UserError: a source, column or id that cannot be used, or no rows at all.
+    """
+    texts = ["prompt", "messages", "prompt_token_ids", PARAMS_COLUMN, config.prompt_column, config.id_column]
+    sources = open_sources(config.prompts, [name for name in texts if name])
+    plans = [(source, prompt_columns(source, config.prompt_column)) for source in sources]
+    _check_id_column(sources, config.id_column)
+    kept = _kept_schema(plans, config)
+    folder.mkdir(parents=True)
+    maker = RowMaker(config.sampling_params(), config.id_column)
+    num_rows = num_bad = 0
+    with _PartWriter(folder, kept) as writer:
+        for rows, table in _normalised(plans, maker, config, kept):
+            num_bad += sum(bool(row.error) for row in rows)
+            writer.write(rows, table, first_index=num_rows)
+            num_rows += len(rows)
+    if num_rows == 0:
+        raise UserError(f"prompts: no rows in {', '.join(source.name for source in sources)}")
+    snapshot = Snapshot(num_rows, num_bad, maker.digest.hexdigest(), [source.name for source in sources])
+    (folder / SNAPSHOT_FILE).write_text(json.dumps(asdict(snapshot), indent=2) + "\n", encoding="utf-8")
+    return snapshot
+
+
+def snapshot_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def read_rows(folder: Path, without: Collection[str] = frozenset()) -> Iterator[pa.Table]:
+    """The snapshot's rows in order, a table at a time, less those whose id is in ``without``."""
+    for path in snapshot_files(folder):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS_PER_FILE):
+                table = pa.Table.from_batches([batch])
+                if without:
+                    table = table.filter(pa.array([row_id not in without for row_id in table["row_id"].to_pylist()]))
+                if table.num_rows:
+                    yield table
+
+
+def _normalised(
+    plans: list[tuple[Source, tuple[str, ...]]], maker: RowMaker, config: GenerateJobConfig, kept: pa.Schema
+) -> Iterator[tuple[list[PromptRow], pa.Table]]:
+    left = config.limit
+    for source, columns in plans:
+        wanted = [*columns, PARAMS_COLUMN, *([config.id_column] if config.id_column else [])]
+        for batch in source.batches(wanted, kept):
+            rows = batch.rows if left is None else batch.rows[:left]
+            yield [maker.make(row, columns) for row in rows], batch.kept.slice(0, len(rows))
+            if left is not None:
+                left -= len(rows)
+                if left == 0:
+                    return
+
+
+def _check_id_column(sources: list[Source], id_column: str | None) -> None:
+    for source in sources:
+        columns = source.columns
+        if id_column is not None and columns and id_column not in columns:
+            raise UserError(f"id_column: {source.name!r} has no column {id_column!r}; columns: {', '.join(columns)}")
+
+
+def _kept_schema(plans: list[tuple[Source, tuple[str, ...]]], config: GenerateJobConfig) -> pa.Schema:
+    """Arrow types of the columns to keep, under their own names."""
+    if not config.keep_columns:
+        return pa.schema([])
+    schemas = []
+    for source, columns in plans:
+        if config.keep_columns == "all":
+            used = {*columns, *PROMPT_COLUMNS, PARAMS_COLUMN, config.id_column}
+            schemas.append(pa.schema([item for item in source.schema(None) if item.name not in used]))
+            continue
+        schema = source.schema(config.keep_columns)
+        for name in config.keep_columns:
+            if name not in schema.names:
+                listing = ", ".join(source.columns)
+                raise UserError(f"keep_columns: {source.name!r} has no column {name!r}; columns: {listing}")
+        schemas.append(schema)
+    try:
+        merged = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"keep_columns: the sources differ: {' '.join(str(error).split())}") from None
+    for name in merged.names:
+        if name in OUTPUT_SCHEMA.names:
+            raise UserError(f"keep_columns: {name!r} is a column of the output; rename it in the input")
+    return merged
+
+
+class _PartWriter:
+    """Writes part files of ROWS_PER_FILE rows or a little more."""
+
+    def __init__(self, folder: Path, kept: pa.Schema) -> None:
+        self._folder = folder
+        self._schema = pa.schema([*INPUT_SCHEMA, *(item.with_name(KEPT_PREFIX + item.name) for item in kept)])
+        self._kept = kept
+        self._writer: pq.ParquetWriter | None = None
+        self._num_parts = 0
+        self._rows_in_part = 0
+
+    def __enter__(self) -> _PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, rows: list[PromptRow], kept: pa.Table, *, first_index: int) -> None:
+        own = {name: [getattr(row, name) for row in rows] for name in INPUT_SCHEMA.names if name != "row_index"}
+        own["row_index"] = list(range(first_index, first_index + len(rows)))
+        arrays = [pa.array(own[item.name], item.type) for item in INPUT_SCHEMA]
+        arrays += conform(kept, self._kept).columns
+        if self._writer is None:
+            path = self._folder / f"part-{self._num_parts:05d}.parquet"
+            self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+            self._num_parts += 1
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._rows_in_part += len(rows)
+        if self._rows_in_part >= ROWS_PER_FILE:
+            self._writer.close()
+            self._writer = None
+            self._rows_in_part = 0
