@@ -154,7 +154,8 @@ def cpu_decode_attention(
     """``paged_decode_attention`` for what ``cpu_kernel_takes``; same arguments and result."""
     out = torch.empty(query.shape, dtype=torch.float32)
     kernel = _kernel(query.shape[2], query.dtype == torch.bfloat16)
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))
+    most_threads = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), most_threads)))
     kernel(
         _as_numpy(query),
         _as_numpy(key_pages),

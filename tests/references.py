@@ -6,14 +6,17 @@ import copy
 from collections.abc import Collection, Sequence
 
 import torch
-from tiny_models import EOS_ID, TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tide_ray import TideEngine
+from tide_ray import RequestOutput, SamplingParams, TideEngine
 from tide_ray.models.load import LoadedModel
+from tiny_models import EOS_ID, TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 
 CYCLE = "abcdefghijklmnopqrstuvwxyz é日€😀ABCDEFGHIJKLMNOP"
 """No byte occurs twice. ``cycle_model`` follows it, ends it with EOS and starts again."""
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+NUM_PROMPTS = 10
 
 
 def loaded(
@@ -93,3 +96,8 @@ def assert_idle(engine: TideEngine) -> None:
     assert pages is not None
     assert sorted(pages) == list(range(pool.num_pages))
     pool.release(pages[::-1])
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    """The first answer to each prompt."""
+    return [output.outputs[0].token_ids for output in outputs]

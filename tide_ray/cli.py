@@ -125,7 +125,8 @@ def _run(given: dict[str, Any]) -> int:
         given["skip_layers"] = [_layer(text) for text in _split(given["skip_layers"])]
     settings = GenerateJobConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
 
-    from tide_ray.data.job import JobError, run_generate
+    from tide_ray.data.job import run_generate
+    from tide_ray.data.job_folder import JobError
 
     try:
         return run_generate(settings)

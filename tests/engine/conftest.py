@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from references import cycle_model, loaded
-from tiny_models import tiny_tokenizer
 
+from references import GREEDY, NUM_PROMPTS, cycle_model, greedy, loaded, ragged_prompts
 from tide_ray import EngineConfig, TideEngine
 from tide_ray.engine import memory
 from tide_ray.engine.kv_cache import page_bytes
+from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 
 PAGE_SIZE = 4
 MAX_MODEL_LEN = 96
@@ -64,3 +64,15 @@ def make_cycle_engine() -> Callable[..., TideEngine]:
 @pytest.fixture(scope="module")
 def cycle_engine(make_cycle_engine: Callable[..., TideEngine]) -> TideEngine:
     return make_cycle_engine()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return ragged_prompts(NUM_PROMPTS, TOKENIZER_VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def answers(prompts: list[list[int]]) -> list[list[int]]:
+    """The greedy answer to each prompt, by the model's own forward."""
+    model = build_tiny_model("llama", vocab_size=TOKENIZER_VOCAB_SIZE)
+    return [greedy(model, prompt, GREEDY.max_tokens) for prompt in prompts]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from references import assert_idle, cycle_model, loaded
-from tiny_models import VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 
+from references import assert_idle, cycle_model, loaded
 from tide_ray import RequestOutput, SamplingParams, TideEngine
 from tide_ray.engine.requests import MAX_PROMPT_CHARACTERS
+from tiny_models import VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 SECRET = "The password of the vault is swordfish, tell nobody, and never write it into any log file."
@@ -78,11 +78,11 @@ def test_a_bad_prompt_is_rejected_alone(cycle_engine: TideEngine, prompt: Any, m
     assert rejection(cycle_engine, prompt) == message
 
 
-@pytest.mark.parametrize("prompts", [5, None, 2.5], ids=str)
+@pytest.mark.parametrize("prompts", [5, None, 2.5, b"ab", {"role": "user", "content": "a"}], ids=repr)
 def test_something_that_is_no_prompt_at_all_is_rejected_as_one(cycle_engine: TideEngine, prompts: Any) -> None:
-    """It once raised a TypeError about iteration."""
+    """A number once raised a TypeError about iteration, and one message was taken for the prompts "role", "content"."""
     (output,) = cycle_engine.generate(prompts, GREEDY)
-    assert output.error == f"prompt must be a string, token ids or chat messages, got {prompts}"
+    assert output.error == f"prompt must be a string, token ids or chat messages, got {prompts!r}"
 
 
 def test_a_rejected_request_tells_what_is_known_of_its_prompt(cycle_engine: TideEngine) -> None:

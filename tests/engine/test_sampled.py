@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from references import assert_idle, forward_logits, greedy, ragged_prompts
-from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model
 from transformers import PreTrainedModel
 
+from references import assert_idle, forward_logits, greedy, ragged_prompts
 from tide_ray import SamplingParams, TideEngine
 from tide_ray.engine.sampler import SamplingRow, processed_probabilities
+from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model
 
 MakeEngine = Callable[..., TideEngine]
 NUM_PROMPTS = 9

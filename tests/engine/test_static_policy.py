@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from references import assert_idle, greedy, ragged_prompts, without_layers
-from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model
 
+from references import assert_idle, greedy, ragged_prompts, without_layers
 from tide_ray import SamplingParams, TideEngine, UserError
 from tide_ray.engine.stages import evenly_spaced_layers
+from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model
 
 MakeEngine = Callable[..., TideEngine]
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from references import CYCLE, assert_idle, cycle_model, greedy, loaded
-from tiny_models import EOS_ID, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
+from references import CYCLE, assert_idle, cycle_model, greedy, loaded
 from tide_ray import CompletionOutput, EngineConfig, SamplingParams, TideEngine
 from tide_ray.models import load
+from tiny_models import EOS_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CONFIG = EngineConfig(dtype="float32", device="cpu", page_size=4, max_model_len=128, max_num_seqs=4)
@@ -140,7 +140,9 @@ def test_a_stop_string_across_tokens_is_cut_cleanly(
     assert completion.token_ids == hf_generate(reference, "a", stop_strings=stop, tokenizer=TOKENIZER)
 
 
-@pytest.mark.parametrize(("stop", "text"), [("日", " é"), ("é日", " "), ("€😀A", " é日"), ("\N{GRINNING FACE}", " é日€")])
+@pytest.mark.parametrize(
+    ("stop", "text"), [("日", " é"), ("é日", " "), ("€😀A", " é日"), ("\N{GRINNING FACE}", " é日€")]
+)
 def test_a_stop_string_of_characters_of_several_tokens_is_cut_cleanly(
     cycle_engine: TideEngine, stop: str, text: str
 ) -> None:

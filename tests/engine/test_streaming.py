@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from references import CYCLE, assert_idle
 
+from references import CYCLE, assert_idle
 from tide_ray import RequestOutput, SamplingParams, TideEngine
 
 

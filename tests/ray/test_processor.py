@@ -1,8 +1,7 @@
-"""build_processor in the way ray.data.llm is used, and what happens to rows that kill the process."""
+"""build_processor in the way ray.data.llm is used."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import ray
 
 from tide_ray import TideProcessorConfig, build_processor
 from tide_ray.config import EngineConfig
-from tide_ray.data.actor import RESULT_SCHEMA, Generator, GeneratorOptions
-from tide_ray.data.ledger import REASON
-from tide_ray.data.processor import Processor, concurrent_batches
+from tide_ray.data.actor import RESULT_SCHEMA
+from tide_ray.data.processor import concurrent_batches
 from tide_ray.data.schema import ERROR_COLUMN
 from tide_ray.engine.engine import TideEngine
-from tide_ray.types import Prompt, SamplingParams
+from tide_ray.types import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
 
@@ -81,32 +79,6 @@ def test_a_rejected_row_keeps_the_schema_or_raises(tiny_llama_folder: Path) -> N
     assert "prompt must have at most 127 tokens" in errors[1]
     with pytest.raises(ray.exceptions.RayTaskError, match="prompt must have at most 127 tokens"):
         build_processor(make_config(tiny_llama_folder))(dataset).take_all()
-
-
-class FragileEngine(TideEngine):
-    """Dies of one prompt like a process that the kernel kills."""
-
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, streaming: bool = False) -> None:
-        if prompt == "poison":
-            os._exit(1)
-        super().add_request(request_id, prompt, params, streaming=streaming)
-
-
-class FragileGenerator(Generator):
-    def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
-        return FragileEngine.from_pretrained(model, config)
-
-
-def test_a_row_that_kills_the_process_is_given_up_after_three_deaths(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    items = [{"row_id": f"r{i}", "prompt": "poison" if i == 5 else f"fine {i}"} for i in range(8)]
-    options = GeneratorOptions(continues_on_error=True, ledger_folder=str(tmp_path / "running"))
-    processor = Processor(
-        make_config(tiny_llama_folder, engine_kwargs={**ENGINE, "selfcheck": False}),
-        options=options,
-        generator=FragileGenerator,
-    )
-    rows = processor(ray.data.from_items(items)).take_all()
-    assert {row["row_id"]: row[ERROR_COLUMN] for row in rows} == {f"r{i}": REASON if i == 5 else "" for i in range(8)}
 
 
 def test_an_engine_always_has_more_rows_at_hand_than_it_can_hold() -> None:

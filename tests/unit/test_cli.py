@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from tide_ray import __version__
 from tide_ray.cli import app
+from tide_ray.data.cluster import connected
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.types import UserError
 
@@ -136,6 +137,21 @@ def test_sampling_and_engine_fields_reach_their_configs() -> None:
 def test_wrong_types_from_python_are_user_errors() -> None:
     with pytest.raises(UserError, match="num_actors: input should be a valid integer, got True"):
         GenerateJobConfig.build({"num_actors": True})
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "address: nobody answers at '127.0.0.1:1': [Errno 111]"),
+        ("ray://127.0.0.1:1", "address: nobody answers at 'ray://127.0.0.1:1'"),
+        ("127.0.0.1:many", "address: nobody answers at '127.0.0.1:many'"),
+        ("somewhere", "address must be local, auto, HOST:PORT or ray://HOST:PORT, got 'somewhere'"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_refused_at_once(address: str, message: str) -> None:
+    with pytest.raises(UserError) as error, connected(address):
+        pass
+    assert str(error.value).startswith(message)
 
 
 def test_an_unknown_flag_is_a_usage_error() -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tide_ray.data.job_config import GenerateJobConfig
-from tide_ray.data.job_folder import JobFolder
+from tide_ray.data.job_folder import JobError, JobFolder
 from tide_ray.data.lock import LOCK_FILE, locked
 from tide_ray.data.parts import write_part
 from tide_ray.data.run_facts import job_fields
@@ -35,6 +35,7 @@ def start(output: Path, prompts: Path, **settings: Any) -> tuple[JobFolder, Snap
     config = GenerateJobConfig.build({"prompts": [str(prompts)], "output": str(output), **settings})
     folder = JobFolder(output)
     folder.create()
+    folder.begin()
     snapshot = write_snapshot(config, folder.new_input_folder)
     folder.adopt(job_fields(config, "model-digest", snapshot))
     return folder, snapshot
@@ -54,7 +55,7 @@ def test_a_second_attempt_has_only_the_uncommitted_rows_to_do(tmp_path: Path, pr
     ids = all_ids(folder)
     folder.write_bad_rows(folder.committed(), {})
     assert folder.committed().errors == {ids[5]}
-    write_part(folder.path, "data", "part-x.parquet", [result_rows(ids[:2])], {})
+    write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:2])], {})
     folder.clear_uncommitted()
 
     again, same = start(tmp_path / "out", prompts)
@@ -72,7 +73,7 @@ def test_a_finished_job_says_so(tmp_path: Path, prompts: Path) -> None:
     folder, snapshot = start(tmp_path / "out", prompts)
     ids = all_ids(folder)
     folder.write_bad_rows(folder.committed(), {})
-    write_part(folder.path, "data", "part-x.parquet", [result_rows(ids[:5])], {})
+    write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:5])], {})
     counts = folder.check_complete(snapshot)
     assert counts == {"rows": 5, "errors": 1, "tokens": 10, "mean_depth": 2.0}
     assert folder.finished() is None
@@ -85,12 +86,11 @@ def test_a_finished_job_says_so(tmp_path: Path, prompts: Path) -> None:
 def test_missing_and_double_rows_are_noticed(tmp_path: Path, prompts: Path) -> None:
     folder, snapshot = start(tmp_path / "out", prompts)
     ids = all_ids(folder)
-    write_part(folder.path, "data", "part-x.parquet", [result_rows(ids[:4])], {})
-    with pytest.raises(RuntimeError, match="4 of 6 rows are committed"):
+    write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:4])], {})
+    with pytest.raises(JobError, match="holds 4 rows with 4 ids of 6 prompts"):
         folder.check_complete(snapshot)
-    write_part(folder.path, "data", "part-y.parquet", [result_rows(ids)], {})
-    folder.write_bad_rows(folder.committed(), {})
-    with pytest.raises(RuntimeError, match="1 of them both as result and as error"):
+    write_part(folder.scratch, folder.path / "data" / "part-y.parquet", [result_rows([ids[0], ids[4]])], {})
+    with pytest.raises(JobError, match="holds 6 rows with 5 ids of 6 prompts"):
         folder.check_complete(snapshot)
 
 

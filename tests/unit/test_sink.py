@@ -46,8 +46,19 @@ def block(*errors: str, first: int = 0) -> pa.Table:
 
 def sink(output: Path) -> ParquetSink:
     return ParquetSink(
-        str(output), attempt="a1", rows_per_part=4, facts=FACTS, late_facts=lambda: {"device": "cpu", "model": "late"}
+        str(output),
+        scratch=str(output / "_tmp"),
+        attempt="a1",
+        rows_per_part=4,
+        facts=FACTS,
+        late_facts=lambda: {"device": "cpu", "model": "late"},
     )
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path) -> Path:
+    (tmp_path / "_tmp").mkdir()
+    return tmp_path / "_tmp"
 
 
 def task(index: int) -> Any:
@@ -102,10 +113,21 @@ def test_a_retried_task_replaces_its_own_part(tmp_path: Path) -> None:
 
 def test_no_rows_make_no_files(tmp_path: Path) -> None:
     assert sink(tmp_path).write([block()], task(0)) == {"rows": 0, "errors": 0}
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "_tmp"]
 
 
-def test_a_part_is_never_visible_before_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_outlived_its_job_commits_nothing(tmp_path: Path, scratch: Path) -> None:
+    """The next attempt has removed the scratch folder, and has read what is committed."""
+    scratch.rmdir()
+    with pytest.raises(FileNotFoundError):
+        sink(tmp_path).write([block("")], task(0))
+    assert list((tmp_path / "data").iterdir()) == []
+    assert not scratch.exists()
+
+
+def test_a_part_is_never_visible_before_it_is_complete(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def replace(source: Path, target: Path) -> None:
@@ -114,7 +136,7 @@ def test_a_part_is_never_visible_before_it_is_complete(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="killed here"):
-        write_part(tmp_path, "data", "part.parquet", [output_table(block("", ""))], FACTS)
+        write_part(scratch, tmp_path / "data" / "part.parquet", [output_table(block("", ""))], FACTS)
     assert seen == [(2, False)]
     assert list((tmp_path / "data").iterdir()) == []
-    assert list((tmp_path / "_tmp").iterdir()) == []
+    assert list(scratch.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 from tide_ray.types import UserError
 
 RAY_DATA_LOGGER = "ray.data"
+CONNECT_SECONDS = 10.0
 
 
 @contextmanager
@@ -30,6 +32,8 @@ def connected(address: str | None, *, is_verbose: bool = False) -> Iterator[None
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _prepare_local()
+    else:
+        _check_reachable(address)
     if not is_verbose:
         # Ray's core prints an error about actor arguments on every run of Ray Data, past all Python logging.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -77,6 +81,19 @@ def quiet_ray(*, is_verbose: bool) -> Iterator[None]:
         log.setLevel(level)
         for name, value in before.items():
             setattr(context, name, value)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself would try it for many minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:
+        if address != "auto":
+            raise UserError(f"address must be local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"address: nobody answers at {address!r}: {error}") from None
 
 
 def _options(address: str) -> dict[str, Any]:

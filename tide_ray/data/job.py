@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tide_ray.data.cluster import connected, quiet_ray
 from tide_ray.data.job_config import GenerateJobConfig
-from tide_ray.data.job_folder import JobFolder
+from tide_ray.data.job_folder import JobError, JobFolder
 from tide_ray.data.lock import locked
 from tide_ray.data.progress import Board, ProgressBar
 from tide_ray.data.run_facts import job_fields, print_summary, software_versions
@@ -31,10 +31,6 @@ EXIT_INTERRUPTED = 130
 
 MAX_ROWS_PER_PART = 4096
 PARTS_PER_JOB = 50
-
-
-class JobError(RuntimeError):
-    """The job failed for a reason that is not the user's; the message is one line."""
 
 
 def run_generate(config: GenerateJobConfig, console: Console | None = None) -> int:
@@ -52,7 +48,7 @@ def run_generate(config: GenerateJobConfig, console: Console | None = None) -> i
     folder = JobFolder(config.output)
     folder.create()
     with locked(folder.path):
-        folder.clear_uncommitted()
+        folder.begin()
         try:
             return _run_locked(config, folder, console or Console(stderr=True))
         finally:
@@ -166,13 +162,14 @@ class _Generation:
                 system_prompt=config.system_prompt,
                 returns_given_prompt=True,
                 continues_on_error=True,
-                ledger_folder=str(self.folder.ledger_folder),
+                ledger_folder=str(self.folder.scratch / "running"),
             ),
             board=board,
             max_batches_per_actor=-(-num_batches // config.num_actors),
         )
         sink = ParquetSink(
             str(self.folder.path),
+            scratch=str(self.folder.scratch),
             attempt=self.folder.attempt,
             rows_per_part=config.rows_per_part or default_rows_per_part(num_left, batch_size),
             facts={**self.fields, "model": config.model},

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, TMP_FOLDER, commit_file, make_error_table, write_part
+from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, commit_file, make_error_table, write_part
 from tide_ray.data.snapshot import SNAPSHOT_FILE, Snapshot, read_rows
 from tide_ray.types import UserError
 
@@ -30,14 +30,21 @@ JOB_FILE = "_job.json"
 INPUT_FOLDER = "_input"
 RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
+TMP_FOLDER = "_tmp"
+MAX_REMOVALS = 100
+
+
+class JobError(RuntimeError):
+    """The job failed for a reason that is not the user's; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Row ids that need no more work, by where they are."""
+    """Row ids that need no more work, by where they are, and the number of rows that hold them."""
 
     data: set[str]
     errors: set[str]
+    num_rows: int
 
     @property
     def ids(self) -> set[str]:
@@ -56,13 +63,14 @@ class JobFolder:
         return self.path / INPUT_FOLDER
 
     @property
-    def new_input_folder(self) -> Path:
-        """Where this attempt writes its snapshot before it is compared with the one that may be there."""
-        return self.path / TMP_FOLDER / f"input-{self.attempt}"
+    def scratch(self) -> Path:
+        """What this attempt writes and has not committed."""
+        return self.path / TMP_FOLDER / self.attempt
 
     @property
-    def ledger_folder(self) -> Path:
-        return self.path / TMP_FOLDER / "running"
+    def new_input_folder(self) -> Path:
+        """Where this attempt writes its snapshot before it is compared with the one that may be there."""
+        return self.scratch / "input"
 
     def create(self) -> None:
         """Make the folder, or accept it if it is empty or holds a job.
@@ -78,6 +86,11 @@ class JobFolder:
                 raise UserError(f"output: {str(self.path)!r} holds other files ({min(foreign)}) and no job")
         except OSError as error:
             raise UserError(f"output: cannot write {str(self.path)!r}: {error.strerror}") from None
+
+    def begin(self) -> None:
+        """Shut out writers of attempts that are gone, and make room for this one. The caller owns the folder."""
+        self.clear_uncommitted()
+        self.scratch.mkdir(parents=True)
 
     def adopt(self, fields: Mapping[str, Any]) -> None:
         """Bind the folder to a job, or check that it is this one; then move a new snapshot into place.
@@ -95,7 +108,9 @@ class JobFolder:
             differing = [name for name in {**before, **fields} if before.get(name) != fields.get(name)]
             if differing:
                 details = "; ".join(f"{name} was {before.get(name)!r}, now {fields.get(name)!r}" for name in differing)
-                raise UserError(f"output: {str(self.path)!r} belongs to a different job: {details}")
+                raise UserError(
+                    f"output: {str(self.path)!r} belongs to a different job (choose another folder): {details}"
+                )
         if not (self.input_folder / SNAPSHOT_FILE).exists():
             shutil.rmtree(self.input_folder, ignore_errors=True)
             os.replace(self.new_input_folder, self.input_folder)
@@ -104,7 +119,9 @@ class JobFolder:
 
     def committed(self) -> Committed:
         """The ids in committed parts. Raises UserError for a part that cannot be read."""
-        return Committed(self._row_ids(DATA_FOLDER), self._row_ids(ERRORS_FOLDER))
+        data, num_results = self._row_ids(DATA_FOLDER)
+        errors, num_errors = self._row_ids(ERRORS_FOLDER)
+        return Committed(data, errors, num_results + num_errors)
 
     def write_bad_rows(self, committed: Committed, facts: Mapping[str, Any]) -> None:
         """Commit the snapshot's unusable rows to ``errors/``."""
@@ -114,12 +131,12 @@ class JobFolder:
             tables.append(make_error_table(bad["row_id"], bad["error"], bad["prompt"], stage="input"))
             committed.errors.update(bad["row_id"].to_pylist())
         if tables:
-            write_part(self.path, ERRORS_FOLDER, f"part-{self.attempt}-input.parquet", tables, facts)
+            write_part(self.scratch, self.path / ERRORS_FOLDER / f"part-{self.attempt}-input.parquet", tables, facts)
 
     def write_todo(self, committed: Committed) -> tuple[Path, int]:
         """The snapshot's rows that are left, as Parquet in a folder of this attempt. Returns it and their number."""
-        folder = self.path / TMP_FOLDER / f"todo-{self.attempt}"
-        folder.mkdir(parents=True)
+        folder = self.scratch / "todo"
+        folder.mkdir()
         num_rows = 0
         for number, table in enumerate(read_rows(self.input_folder, committed.ids)):
             pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
@@ -132,13 +149,13 @@ class JobFolder:
         return self._read_json(path) if path.exists() else None
 
     def check_complete(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Rows, errors, tokens and mean depth of a job that is done. Raises RuntimeError if it is not."""
+        """Rows, errors, tokens and mean depth of a job that is done. Raises JobError if it is not."""
         committed = self.committed()
-        twice = committed.data & committed.errors
-        count = len(committed.data) + len(committed.errors)
-        if twice or count != snapshot.num_rows:
-            raise RuntimeError(
-                f"{count} of {snapshot.num_rows} rows are committed, {len(twice)} of them both as result and as error"
+        num_ids = len(committed.ids)
+        if not num_ids == committed.num_rows == snapshot.num_rows:
+            raise JobError(
+                f"output: {str(self.path)!r} holds {committed.num_rows} rows with {num_ids} ids of "
+                f"{snapshot.num_rows} prompts"
             )
         tokens, depths = self._tokens_and_depths()
         counts = {"rows": len(committed.data), "errors": len(committed.errors), "tokens": tokens}
@@ -151,13 +168,20 @@ class JobFolder:
 
     def clear_uncommitted(self) -> None:
         """Remove files that were never committed, of this attempt and of dead ones."""
-        shutil.rmtree(self.path / TMP_FOLDER, ignore_errors=True)
+        # A writer that is still alive can put a file into a folder while it is being removed.
+        for _ in range(MAX_REMOVALS):
+            shutil.rmtree(self.path / TMP_FOLDER, ignore_errors=True)
+            if not (self.path / TMP_FOLDER).exists():
+                return
+        raise JobError(f"output: cannot remove {str(self.path / TMP_FOLDER)!r}; is another job writing there?")
 
-    def _row_ids(self, folder: str) -> set[str]:
+    def _row_ids(self, folder: str) -> tuple[set[str], int]:
         ids: set[str] = set()
+        num_rows = 0
         for table in self._parts(folder, ["row_id"]):
             ids.update(table["row_id"].to_pylist())
-        return ids
+            num_rows += table.num_rows
+        return ids, num_rows
 
     def _tokens_and_depths(self) -> tuple[int, float]:
         """Generated tokens, and the sum of their depths, over all committed rows."""
@@ -182,8 +206,7 @@ class JobFolder:
             raise UserError(f"output: {str(path)!r} is damaged") from None
 
     def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        temporary = self.path / TMP_FOLDER / f"{name}.{self.attempt}"
-        temporary.parent.mkdir(exist_ok=True)
+        temporary = self.scratch / name
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, default=str)}" for key, value in values.items())
         temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
         commit_file(temporary, self.path / name)

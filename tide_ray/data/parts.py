@@ -1,7 +1,8 @@
 """Part files: complete from the moment they can be seen.
 
-A part is written under ``_tmp``, fsynced and renamed into ``data/`` or ``errors/``. The file itself is the commit
-record: a killed job leaves only whole parts behind.
+A part is written in a scratch folder of its attempt, fsynced and renamed into ``data/`` or ``errors/``. The file itself
+is the commit record: a killed job leaves only whole parts behind. The next attempt removes the scratch folder before it
+looks at what is committed, so a writer that outlived its job has nothing left to rename.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from tide_ray.data.schema import ERROR_COLUMN, ERROR_SCHEMA, KEPT_PREFIX, OUTPUT
 
 DATA_FOLDER = "data"
 ERRORS_FOLDER = "errors"
-TMP_FOLDER = "_tmp"
 
 
 def output_table(block: pa.Table) -> pa.Table:
@@ -49,14 +49,15 @@ def make_error_table(row_ids: Any, errors: Any, prompts: Any, *, stage: str) -> 
     return pa.Table.from_arrays(arrays, schema=ERROR_SCHEMA)
 
 
-def write_part(output: Path, folder: str, name: str, tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> None:
-    """Commit ``tables`` as ``output/folder/name``, or nothing when they hold no rows."""
+def write_part(scratch: Path, target: Path, tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> None:
+    """Commit ``tables`` as the file ``target``, or nothing when they hold no rows.
+
+    ``scratch`` is on the same filesystem and must exist: it is not made here.
+    """
     table = pa.concat_tables(tables).combine_chunks()
     if table.num_rows == 0:
         return
-    temporary = output / TMP_FOLDER / f"{name}.{uuid.uuid4().hex}"
-    target = output / folder / name
-    temporary.parent.mkdir(exist_ok=True)
+    temporary = scratch / f"{target.name}.{uuid.uuid4().hex}"
     target.parent.mkdir(exist_ok=True)
     try:
         pq.write_table(table.cast(with_metadata(table.schema, facts)), temporary, compression="zstd")

@@ -16,7 +16,8 @@ class ParquetSink(Datasink[dict[str, int]]):
     """Writes result rows to ``data/`` and rejected rows to ``errors/``.
 
     Args:
-        output: the job's folder; ``_tmp`` in it must be on the same filesystem.
+        output: the job's folder.
+        scratch: a folder of this attempt on the same filesystem; see ``parts``.
         attempt: unique to this run of the job, part of every file name.
         rows_per_part: rows to gather before a part is written.
         facts: run facts for the files' metadata.
@@ -27,12 +28,14 @@ class ParquetSink(Datasink[dict[str, int]]):
         self,
         output: str,
         *,
+        scratch: str,
         attempt: str,
         rows_per_part: int,
         facts: Mapping[str, Any],
         late_facts: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        self._output = output
+        self._output = Path(output)
+        self._scratch = Path(scratch)
         self._attempt = attempt
         self._rows_per_part = rows_per_part
         self._facts = dict(facts)
@@ -52,5 +55,5 @@ class ParquetSink(Datasink[dict[str, int]]):
         results = [output_table(table) for table in tables]
         rejected = [error_table(table) for table in tables]
         for folder, parts in ((DATA_FOLDER, results), (ERRORS_FOLDER, rejected)):
-            write_part(Path(self._output), folder, name, parts, facts)
+            write_part(self._scratch, self._output / folder / name, parts, facts)
         return {"rows": sum(t.num_rows for t in results), "errors": sum(t.num_rows for t in rejected)}

@@ -7,8 +7,10 @@ numbering: a sequence owns the same page numbers in all layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +50,8 @@ class KVCache:
         self.value_pools: list[Tensor] = []
         for shape in shapes:
             size = (num_pages, shape.num_heads, page_size, shape.head_dim)
-            self.key_pools.append(torch.zeros(size, dtype=dtype, device=device))
-            self.value_pools.append(torch.zeros(size, dtype=dtype, device=device))
+            self.key_pools.append(_zeros(size, dtype, device))
+            self.value_pools.append(_zeros(size, dtype, device))
 
     def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Store K/V rows ``[N, H_kv, d]`` at page numbers and offsets ``[N]`` of one layer."""
@@ -62,6 +64,17 @@ class KVCache:
             pool[pages].transpose(0, 1).flatten(1, 2)[:, :length]
             for pool in (self.key_pools[layer], self.value_pools[layer])
         )
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take memory only where they are written.
+
+    torch fills its zeros, which made an engine with 11 GB of pages a minute slow to start; numpy maps zero pages (huge
+    ones where the system has them).
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(size)
 
 
 def page_bytes(shapes: Sequence[KVShape], page_size: int, dtype: torch.dtype) -> int:

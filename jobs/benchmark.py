@@ -1,0 +1,94 @@
+"""Benchmarks: ratios in one run, contenders interleaved, medians with their spread, and a last line of JSON.
+
+``python jobs/benchmark.py throughput`` compares the engine at full depth with HuggingFace ``generate`` in static
+batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Benchmarks of tide_ray."""
+
+
+@app.command()
+def throughput(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="JSONL files with a prompt column, FILE or FILE:N for its first N; default: demo prompts"),
+    ] = None,
+    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt; answers end at EOS")] = 128,
+    rounds: Annotated[int, typer.Option(help="times that every contender runs")] = 3,
+    engine_seqs: Annotated[str, typer.Option(help="resident sequences of the engine, separated by commas")] = "64,128",
+    hf_batch_sizes: Annotated[str, typer.Option(help="static batches of HF generate, separated by commas")] = "64,128",
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
+    ray: Annotated[bool, typer.Option(help="also run the Ray job and compare it with the bare engine")] = True,
+    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+) -> None:
+    """Engine at full depth against HF generate, its profile, and the Ray job against the bare engine."""
+    from bench_report import print_report
+    from bench_throughput import Workload, run_throughput
+
+    from tide_ray.types import UserError
+
+    try:
+        workload = Workload.read(prompts or [], model=model, dtype=dtype, max_tokens=max_tokens)
+        facts = run_throughput(
+            workload,
+            rounds=_positive("rounds", rounds),
+            engine_seqs=_numbers("engine_seqs", engine_seqs),
+            hf_batch_sizes=_numbers("hf_batch_sizes", hf_batch_sizes),
+            num_threads=num_threads or os.cpu_count() or 1,
+            with_ray=ray,
+        )
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    print_report(facts)
+    if output is not None:
+        _write(Path(output), json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts))
+
+
+def _positive(name: str, value: int) -> int:
+    from tide_ray.types import UserError
+
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    from tide_ray.types import UserError
+
+    try:
+        return [_positive(name, int(part)) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{name} must be positive integers separated by commas, got {text!r}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+if __name__ == "__main__":
+    app()
