@@ -154,8 +154,8 @@ def cpu_decode_attention(
     """``paged_decode_attention`` for what ``cpu_kernel_takes``; same arguments and result."""
     out = torch.empty(query.shape, dtype=torch.float32)
     kernel = _kernel(query.shape[2], query.dtype == torch.bfloat16)
-    most_threads = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), most_threads)))
+    num_threads = torch.get_num_threads()
+    numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
     kernel(
         _as_numpy(query),
         _as_numpy(key_pages),
@@ -167,4 +167,6 @@ def cpu_decode_attention(
         np.float32(softcap),
         window,
     )
+    if torch.get_num_threads() != num_threads:  # Numba's first launch sets the process' OpenMP default to all cores
+        torch.set_num_threads(num_threads)
     return out.to(query.dtype)

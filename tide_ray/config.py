@@ -59,13 +59,24 @@ class EngineConfig:
             raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_threads"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is None and name not in ("max_num_batched_tokens", "page_size"):
+                continue
+            if not _is_integer(value) or value < 1:
                 raise UserError(f"{name} must be a positive integer, got {value!r}")
-        if not 0 < self.kv_memory_fraction <= 1:
+        if not _is_share(self.kv_memory_fraction):
             raise UserError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
+        if not _is_integer(self.seed):
+            raise UserError(f"seed must be an integer, got {self.seed!r}")
+        for name in ("trust_remote_code", "selfcheck"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._check_policy()
 
     def _check_policy(self) -> None:
+        if self.exit_layer is not None and not _is_integer(self.exit_layer):
+            raise UserError(f"exit_layer must be an integer, got {self.exit_layer!r}")
+        if not isinstance(self.skip_layers, (list, tuple)) or not all(map(_is_integer, self.skip_layers)):
+            raise UserError(f"skip_layers must be a list of layer numbers, got {self.skip_layers!r}")
         chosen = [
             name
             for name, is_set in (
@@ -82,5 +93,13 @@ class EngineConfig:
                 "policy 'static' needs exactly one of exit_layer, skip_layers, static_cost; "
                 f"got {', '.join(chosen) or 'none'}"
             )
-        if self.static_cost is not None and not 0 < self.static_cost <= 1:
+        if self.static_cost is not None and not _is_share(self.static_cost):
             raise UserError(f"static_cost must be in (0, 1], got {self.static_cost!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1

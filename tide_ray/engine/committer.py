@@ -24,13 +24,13 @@ class Committer:
         time_us = self.clock()
         for span in spans:
             span.sequence.num_computed += span.count
-            if not span.sequence.output_ids:
-                self.stats.num_prompt_tokens += span.count
         finished = []
         for token in sampled:
             sequence = token.sequence
             sequence.append(token.token_id, token.depth, token.logprobs, time_us)
             self.stats.num_generated_tokens += 1
+            if len(sequence.output_ids) == 1:
+                self.stats.num_prompt_tokens += len(sequence.prompt_ids)
             self.stats.sum_exit_layers += token.depth
             check_finished(sequence)
             if sequence.is_finished:

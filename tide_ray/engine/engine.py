@@ -7,7 +7,7 @@ callers with their own loop. Not thread-safe: one thread drives an engine (see `
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, cast
 
@@ -79,7 +79,8 @@ class TideEngine:
         self.committer = Committer(self.scheduler, self.stats, now_us)
         self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
         self._requests: dict[str, Request] = {}
-        self._rejected: list[RequestOutput] = []
+        self._finished: dict[str, RequestOutput] = {}  # not yet returned
+        self._claimed: set[str] = set()  # requests of a running generate or stream, which step must not return
         self._numbers = itertools.count()
 
     @classmethod
@@ -116,41 +117,40 @@ class TideEngine:
             sampling_params: one for all, or one for each prompt.
 
         Raises:
-            UserError: the number of sampling params is not the number of prompts.
+            UserError: ``sampling_params`` are not that, or not as many as the prompts.
         """
         many = _as_list(prompts)
-        params = sampling_params or SamplingParams()
-        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(many):
-            raise UserError(f"sampling_params must be one or one for each of {len(many)} prompts, got {len(each)}")
+        each = _params_for_each(sampling_params, len(many))
         ids = [f"generate-{next(self._numbers)}" for _ in many]
-        for request_id, prompt, one in zip(ids, many, each, strict=True):
-            self.add_request(request_id, prompt, one)
-        outputs: dict[str, RequestOutput] = {}
         try:
-            while len(outputs) < len(ids):
-                outputs.update((output.request_id, output) for output in self.step())
+            for request_id, prompt, one in zip(ids, many, each, strict=True):
+                self._claimed.add(request_id)
+                self.add_request(request_id, prompt, one)
+            running = list(ids)
+            while running:
+                if running[-1] in self._requests:
+                    self._advance()
+                else:
+                    running.pop()
+            return [self._finished.pop(request_id) for request_id in ids]
         finally:
             for request_id in ids:
                 self.abort(request_id)
-        return [outputs[request_id] for request_id in ids]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one prompt, yielding the output so far after every token; the last one has ``finished`` set."""
         request_id = f"stream-{next(self._numbers)}"
-        self.add_request(request_id, prompt, sampling_params or SamplingParams(), streaming=True)
         num_seen = 0
         try:
-            while True:
-                done = [output for output in self.step() if output.request_id == request_id]
-                if done:
-                    yield done[0]
-                    return
-                request = self._requests[request_id]
+            self._claimed.add(request_id)
+            self.add_request(request_id, prompt, sampling_params or SamplingParams(), streaming=True)
+            while (request := self._requests.get(request_id)) is not None:
+                self._advance()
                 num_tokens = sum(len(sequence.output_ids) for sequence in request.sequences)
-                if num_tokens > num_seen:
+                if num_tokens > num_seen and not request.is_finished:
                     num_seen = num_tokens
                     yield to_output(request, self.tokenizer, finished=False)
+            yield self._finished.pop(request_id)
         finally:
             self.abort(request_id)
 
@@ -162,7 +162,7 @@ class TideEngine:
         Raises:
             UserError: ``request_id`` is in use.
         """
-        if request_id in self._requests:
+        if request_id in self._requests or request_id in self._finished:
             raise UserError(f"request_id must be unique among running requests, got {request_id!r}")
         text: str | None = prompt if isinstance(prompt, str) else None
         prompt_ids: list[int] = []
@@ -172,14 +172,16 @@ class TideEngine:
             request = self._make_request(request_id, text, prompt_ids, params, streaming)
         except UserError as error:
             self.stats.num_rejected_requests += 1
-            self._rejected.append(rejected(request_id, text, prompt_ids, str(error)))
+            self._finished[request_id] = rejected(request_id, text, prompt_ids, str(error))
             return
         self._requests[request_id] = request
         for sequence in request.sequences:
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free what it holds; nothing happens when it is unknown or finished."""
+        """Forget a request and free what it holds; nothing happens when it is unknown."""
+        self._claimed.discard(request_id)
+        self._finished.pop(request_id, None)
         request = self._requests.pop(request_id, None)
         for sequence in request.sequences if request else ():
             if not sequence.is_finished:
@@ -188,21 +190,28 @@ class TideEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` still has something to run or to return."""
-        return bool(self._requests or self._rejected)
+        return len(self._requests) + len(self._finished) > len(self._claimed)
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run and commit one launch; returns the requests that finished (or were rejected)."""
-        outputs, self._rejected = self._rejected, []
+        """Schedule, run and commit one launch; returns the requests that finished (or were rejected).
+
+        Requests of a ``generate`` or ``stream`` that runs meanwhile advance too, and are left for it.
+        """
+        self._advance()
+        return [
+            self._finished.pop(request_id) for request_id in list(self._finished) if request_id not in self._claimed
+        ]
+
+    def _advance(self) -> None:
         spans = self.scheduler.schedule()
-        if spans:
-            sampled = self.runner.run(spans)
-            for sequence in self.committer.commit(spans, sampled):
-                request = self._requests[sequence.request_id]
-                if request.is_finished:
-                    del self._requests[request.request_id]
-                    self.stats.num_finished_requests += 1
-                    outputs.append(to_output(request, self.tokenizer))
-        return outputs
+        if not spans:
+            return
+        for sequence in self.committer.commit(spans, self.runner.run(spans)):
+            request = self._requests.get(sequence.request_id)
+            if request is not None and request.is_finished:  # several of its sequences may end in one launch
+                self._finished[request.request_id] = to_output(request, self.tokenizer)
+                del self._requests[request.request_id]
+                self.stats.num_finished_requests += 1
 
     def describe(self) -> dict[str, Any]:
         """Facts of this engine for run records: model, policy, limits, threads."""
@@ -269,12 +278,22 @@ class TideEngine:
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """One prompt or many: a string, a list of ids and a list of chat messages are each one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        return [cast(Prompt, prompts)]
     items = list(prompts)
     if items and all(isinstance(item, (int, Mapping)) for item in items):
         return [cast(Prompt, items)]
     return cast(list[Prompt], items)
+
+
+def _params_for_each(given: SamplingParams | Seq[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * num_prompts
+    if not isinstance(given, Seq) or not all(isinstance(one, SamplingParams) for one in given):
+        raise UserError(f"sampling_params must be SamplingParams or a list of them, got {type(given).__name__}")
+    if len(given) != num_prompts:
+        raise UserError(f"sampling_params must be one or one for each of {num_prompts} prompts, got {len(given)}")
+    return list(given)
 
 
 def position_limit(config: Any) -> int:

@@ -165,6 +165,8 @@ class Adapter:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self._uses_interface = bool(getattr(model, "_supports_attention_backend", False))
+        if self.config._attn_implementation == ATTENTION_NAME:  # taken over by an earlier adapter
+            model.set_attn_implementation("eager")
         self._probe()
         self._build_shadows()
         self._take_over_attention()
@@ -210,7 +212,7 @@ class Adapter:
         self._output_type = type(output)
         self._returns_tuple = seen["tuple"]
         self._tail = [(name, module) for name, module, _ in tail]
-        self.kv_shapes = self._kv_shapes(output.past_key_values)
+        self.kv_shapes = self._kv_shapes(getattr(output, "past_key_values", None))
         if tail and not torch.equal(tail[-1][2], output.last_hidden_state):
             raise UserError(
                 f"model: {type(self.model).__name__} does more after its last layer than apply "
