@@ -1,8 +1,7 @@
-"""Where an engine's time goes: its parts timed around one run, and the matrix products inside its layers.
+"""Where an engine's time goes: its parts timed around one run.
 
-Parts are timed by wrapping the engine's own methods for the run (on a CPU every call is synchronous). The matrix
-products come from torch's profiler in a second run, as a share of that run's layer time, so that its overhead does not
-count against them.
+The engine's own methods and the linear modules of its layers are wrapped for that run, a microsecond for each call. On
+a CPU every call is synchronous; on a GPU each timed call waits for the device, so shares hold but the run is slower.
 """
 
 from __future__ import annotations
@@ -14,66 +13,63 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tide_ray import TideEngine
+from tide_ray.engine import runner
 from tide_ray.engine.rows import LaunchCache
+from tide_ray.models.packed_linear import PackedLinear
 
-MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+LINEAR_MODULES = (nn.Linear, Conv1D, PackedLinear)
+PARTS = ("gemm", "attention", "elementwise", "head", "sampler", "prologue", "scheduling", "requests")
 
 
-def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, float]:
-    """Shares of the wall time of ``run``; they add up to 1.
+def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, Any]:
+    """``wall_seconds`` of ``run`` and the ``shares`` of it, which add up to 1 but for rounding.
 
-    ``gemm``: matrix products in the layers; ``attention``: K/V writes and attention; ``elementwise``: the rest of the
-    layers; ``head``: final norm and LM head; ``sampler``; ``prologue``: embeddings and per-layer arguments;
-    ``python``: scheduling, packing rows, committing, decoding text and what no part claims.
+    ``gemm``: linear modules in the layers; ``attention``: K/V writes, decode kernel and attention of prompt rows;
+    ``elementwise``: the rest of the layers (norms, rotary, activations, module calls; experts, if any); ``head``: final
+    norm and LM head; ``sampler``; ``prologue``: embeddings and per-layer arguments; ``scheduling``: schedule, packing
+    rows and commit; ``requests``: prompts to token ids; ``remainder``: what no part claims, such as answers to text.
     """
     with _timed(engine) as seconds:
         start = time.perf_counter()
         run()
         wall = time.perf_counter() - start
-    layers = seconds["layers"] - seconds["attention"]
-    gemm = layers * _gemm_share(engine, run)
-    parts = {
-        "gemm": gemm,
-        "attention": seconds["attention"],
-        "elementwise": layers - gemm,
-        "head": seconds["head"],
-        "sampler": seconds["sampler"],
-        "prologue": seconds["prologue"],
+    seconds["elementwise"] = seconds.pop("layers") - seconds["gemm"] - seconds["attention"]
+    parts = {name: seconds[name] for name in PARTS}
+    parts["remainder"] = wall - sum(parts.values())
+    return {
+        "wall_seconds": round(wall, 3),
+        "shares": {name: round(part / wall, 4) for name, part in parts.items()},
     }
-    parts["python"] = wall - sum(parts.values())
-    return {name: round(part / wall, 3) for name, part in parts.items()}
-
-
-def _gemm_share(engine: TideEngine, run: Callable[[], Any]) -> float:
-    """Matrix products over all that layers do besides attention, under torch's profiler."""
-    with _timed(engine) as seconds, profile(activities=[ProfilerActivity.CPU]) as profiler:
-        run()
-    total = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    head = seconds["head"]
-    gemm = sum(total.get(name, 0.0) for name in MATRIX_PRODUCTS) - head
-    return max(0.0, min(1.0, gemm / (seconds["layers"] - seconds["attention"])))
 
 
 @contextmanager
 def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
-    """Seconds spent in the engine's parts while the block runs."""
-    adapter, sampler = engine.runner.adapter, engine.runner.sampler
+    """Seconds spent in the engine's parts while the block runs; ``layers`` holds ``gemm`` and ``attention``."""
+    adapter = engine.runner.adapter
     seconds: dict[str, float] = defaultdict(float)
-    wrapped = [
+    wrapped: list[tuple[Any, str, str]] = [
         (adapter, "run_layer", "layers"),
-        (adapter, "head", "head"),
         (adapter, "final_norm", "head"),
+        (adapter, "head", "head"),
         (adapter, "prologue", "prologue"),
-        (sampler, "sample", "sampler"),
+        (engine.runner.sampler, "sample", "sampler"),
         (LaunchCache, "update", "attention"),
         (LaunchCache, "attend", "attention"),
+        (engine.scheduler, "schedule", "scheduling"),
+        (runner, "build_rows", "scheduling"),
+        (engine.committer, "commit", "scheduling"),
+        (engine, "add_request", "requests"),
     ]
+    linears = [module for layer in adapter.layers for module in layer.modules() if isinstance(module, LINEAR_MODULES)]
+    wrapped += [(module, "forward", "gemm") for module in linears]
     originals = [(owner, name, getattr(owner, name), name in vars(owner)) for owner, name, _ in wrapped]
+    synchronize = torch.cuda.synchronize if adapter.device.type == "cuda" else _nothing
     for (owner, name, part), (_, _, original, _) in zip(wrapped, originals, strict=True):
-        setattr(owner, name, _timer(original, seconds, part))
+        setattr(owner, name, _timer(original, seconds, part, synchronize))
     try:
         yield seconds
     finally:
@@ -84,14 +80,18 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
                 delattr(owner, name)
 
 
-def _timer(function: Callable[..., Any], seconds: dict[str, float], part: str) -> Callable[..., Any]:
+def _timer(
+    function: Callable[..., Any], seconds: dict[str, float], part: str, synchronize: Callable[[], None]
+) -> Callable[..., Any]:
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[part] += time.perf_counter() - start
+        result = function(*args, **kwargs)
+        synchronize()
+        seconds[part] += time.perf_counter() - start
+        return result
 
     return timed
+
+
+def _nothing() -> None:
+    """A CPU has nothing to wait for."""

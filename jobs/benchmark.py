@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -38,28 +34,49 @@ def throughput(
     engine_seqs: Annotated[str, typer.Option(help="resident sequences of the engine, separated by commas")] = "64,128",
     hf_batch_sizes: Annotated[str, typer.Option(help="static batches of HF generate, separated by commas")] = "64,128",
     num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
+    limit: Annotated[int | None, typer.Option(help="use only this many prompts")] = None,
+    hf_continuous: Annotated[bool, typer.Option(help="also run HF generate_batch (slow on a CPU)")] = False,
     ray: Annotated[bool, typer.Option(help="also run the Ray job and compare it with the bare engine")] = True,
     output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
 ) -> None:
     """Engine at full depth against HF generate, its profile, and the Ray job against the bare engine."""
-    from bench_report import print_report
-    from bench_throughput import Workload, run_throughput
-
+    from tide_ray.data.job_folder import JobError
     from tide_ray.types import UserError
 
     try:
-        workload = Workload.read(prompts or [], model=model, dtype=dtype, max_tokens=max_tokens)
-        facts = run_throughput(
-            workload,
-            rounds=_positive("rounds", rounds),
-            engine_seqs=_numbers("engine_seqs", engine_seqs),
-            hf_batch_sizes=_numbers("hf_batch_sizes", hf_batch_sizes),
-            num_threads=num_threads or os.cpu_count() or 1,
+        for name, value in (
+            ("max_tokens", max_tokens),
+            ("rounds", rounds),
+            ("num_threads", num_threads),
+            ("limit", limit),
+        ):
+            if value is not None:
+                _positive(name, value)
+        numbers = _numbers("engine_seqs", engine_seqs), _numbers("hf_batch_sizes", hf_batch_sizes)
+        if output is not None and Path(output).is_dir():
+            raise UserError(f"output must be a file, got the folder {output!r}")
+
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_report
+        from bench_throughput import run_throughput
+        from bench_workload import Workload
+
+        machine = machine_facts(num_threads or num_cores())
+        if machine["is_busy"]:
+            typer.echo(f"load average {machine['load_average']}: this machine is busy, ratios will be off", err=True)
+        measured = run_throughput(
+            Workload.read(prompts or [], model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
+            rounds=rounds,
+            engine_seqs=numbers[0],
+            hf_batch_sizes=numbers[1],
+            num_threads=machine["num_threads"],
+            with_hf_continuous=hf_continuous,
             with_ray=ray,
         )
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    except (UserError, JobError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+    facts = {"benchmark": "throughput", **machine, **measured}
     print_report(facts)
     if output is not None:
         _write(Path(output), json.dumps(facts, indent=2) + "\n")
@@ -84,10 +101,14 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
