@@ -1,0 +1,35 @@
+"""What the README tells a new user to run, run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tide_ray.data.job_config import GenerateJobConfig
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_python_blocks_run_after_the_demo_job(tmp_path: Path, demo_path: Path) -> None:
+    job = [sys.executable, "-m", "tide_ray.cli", "generate", "--limit", "3", "--max-tokens", "4"]
+    subprocess.run(job, cwd=tmp_path, check=True, timeout=300)
+    assert len(PYTHON_BLOCKS) >= 3
+    for block in PYTHON_BLOCKS:
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+        assert done.stdout.strip(), f"printed nothing:\n{block}"
+
+
+def test_every_flag_that_the_readme_names_exists() -> None:
+    flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
+    others = {"working-dir", "help", "config"}  # ray's own, and the two that are not settings
+    assert flags - others <= {name.replace("_", "-") for name in GenerateJobConfig.model_fields}
+    assert len(flags) > 10
