@@ -1,8 +1,8 @@
 """What the Ray job adds to the bare engine, on the same prompts with as many residents.
 
 Both rates count from a loaded engine. The job's is ``tokens_per_second`` of its ``run.json``: generated tokens over
-the time from the engine's report that it is ready to the last finished batch, so getting rows to the actor and back
-counts, and starting Ray, loading the model and committing the last part do not (``job_wall_seconds`` has it all). The
+the time from the actor's first rows to its last finished batch, so getting rows to the actor and back counts, and
+starting Ray, loading the model and committing the last part do not (``job_wall_seconds`` has it all). The
 bare engine's is generated tokens over the time of one ``generate`` call.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tide_ray.engine.async_engine import AsyncEngine, EngineDeadError
-from tide_ray.types import CompletionOutput, Prompt, RequestOutput, SamplingParams
+from tide_ray.types import CompletionOutput, Prompt, RequestOutput, SamplingParams, UserError
 
 
 class ScriptedEngine:
@@ -58,7 +58,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def shared(engine: ScriptedEngine) -> Iterator[AsyncEngine]:
-    made = AsyncEngine(engine)
+    made = AsyncEngine(lambda: engine)
     yield made
     engine.may_step.set()
     made.close()
@@ -66,6 +66,29 @@ def shared(engine: ScriptedEngine) -> Iterator[AsyncEngine]:
 
 def params(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens)
+
+
+def test_the_thread_that_steps_the_engine_also_makes_it(engine: ScriptedEngine) -> None:
+    """Made elsewhere, its maker's OpenMP pool stayed alive beside the stepping thread's, and both slept at barriers."""
+    makers: list[str] = []
+
+    def make() -> ScriptedEngine:
+        makers.append(threading.current_thread().name)
+        return engine
+
+    shared = AsyncEngine(make)
+    assert asyncio.run(shared.generate("x", params(1), "r")).request_id == "r"
+    assert shared.engine is engine
+    shared.close()
+    assert set(makers) == engine.threads == {"tide-engine"}
+
+
+def test_an_engine_that_cannot_be_made_raises_where_it_was_asked_for() -> None:
+    def make() -> ScriptedEngine:
+        raise UserError("model: no such folder, got 'x'")
+
+    with pytest.raises(UserError, match="no such folder"):
+        AsyncEngine(make)
 
 
 def test_requests_share_steps_and_each_gets_its_own_answer(engine: ScriptedEngine, shared: AsyncEngine) -> None:

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -91,14 +92,15 @@ class Generator:
     def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions, board: Any = None) -> None:
         self._options = options
         self._board = board
+        self._has_rows = False
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
-            self._engine = self._make_engine(model, config)
+            self._async_engine = AsyncEngine(partial(self._make_engine, model, config))
+            self._engine = self._async_engine.engine
             self._check_options()
         except UserError as error:
             self._report_failure(error)
             raise
-        self._async_engine = AsyncEngine(self._engine)
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
         if board is not None:
             import ray
@@ -112,6 +114,7 @@ class Generator:
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Generate for each row. Yields one table: ``batch``'s columns and RESULT_SCHEMA's, rows in input order."""
         names = [n for n in ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN) if n in batch.column_names]
+        self._report_first_rows()
         rows = batch.select(names).to_pylist() if names else [{} for _ in range(batch.num_rows)]
         batch_uuid = uuid.uuid4().hex
         try:
@@ -175,6 +178,11 @@ class Generator:
     def _check_options(self) -> None:
         if self._options.system_prompt is not None and not self._has_chat_template:
             raise UserError("system_prompt needs a chat template, the model's tokenizer has none")
+
+    def _report_first_rows(self) -> None:
+        if self._board is not None and not self._has_rows:
+            self._board.rows_arrived.remote()
+        self._has_rows = True
 
     def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
         if self._board is None:

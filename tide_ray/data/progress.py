@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-REFRESH_SECONDS = 0.5
+REFRESH_SECONDS = 1.0
 
 
 class Board:
@@ -26,6 +26,9 @@ class Board:
 
     def engine_started(self, name: str, facts: dict[str, Any]) -> None:
         self._engines[name] = facts
+
+    def rows_arrived(self) -> None:
+        """An actor got its first rows: generating begins, and starting up (Ray's and the engine's) is over."""
         self._first_start = self._first_start or time.perf_counter()
 
     def batch_done(self, name: str, totals: dict[str, int], counters: dict[str, Any]) -> None:
@@ -40,7 +43,7 @@ class Board:
         self._failure = self._failure or (message, is_user_error)
 
     def totals(self) -> dict[str, Any]:
-        """Sums of the batches' totals, engines that started, and seconds from the first start to the last batch."""
+        """Sums of the batches' totals, engines that started, and seconds from the first rows to the last batch."""
         seconds = (self._last_batch or 0.0) - (self._first_start or 0.0)
         return {**self._totals, "engines": len(self._engines), "seconds": max(seconds, 0.0)}
 
@@ -85,6 +88,7 @@ class ProgressBar:
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             console=console,
+            refresh_per_second=1 / REFRESH_SECONDS,  # drawing more often takes cores from the engines
         )
         self._task = self._progress.add_task("starting engines", total=total, completed=done, speed="")
 

@@ -16,7 +16,7 @@ import torch
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.kv_cache import KVCache, PagePool
-from tide_ray.engine.memory import plan_memory
+from tide_ray.engine.memory import keep_freed_memory, plan_memory
 from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
@@ -48,6 +48,8 @@ class TideEngine:
         self.config = config = config or EngineConfig()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if model.device.type == "cpu":
+            keep_freed_memory()
         if can_pack(model.device, model.dtype):
             pack_linears(model.model)
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ KNEE = {"cpu": 128, "cuda": 256}
 # A model that allows very long prompts must not take all memory for one page table's worth of tokens by default.
 DEFAULT_MODEL_LEN = 8192
 
+# mallopt's parameters (malloc.h) and what they are set to; glibc takes no larger mmap threshold.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST_HEAP_BUFFER, KEPT_BYTES, HEAP_STEP = 32 << 20, 1 << 30, 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -27,6 +32,20 @@ class MemoryPlan:
     num_pages: int
     max_num_seqs: int
     max_model_len: int
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what the engine frees, for the whole process; nothing happens without glibc.
+
+    By default glibc gives large buffers back to the system as soon as they are freed, so that every step of a CPU
+    engine takes page faults for its activations anew: 90,000 in 15,000 tokens, a tenth of the time.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BUFFER)
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(M_TOP_PAD, HEAP_STEP)
 
 
 def free_memory(device: torch.device) -> int:

@@ -212,7 +212,8 @@ class Adapter:
         self._output_type = type(output)
         self._returns_tuple = seen["tuple"]
         self._tail = [(name, module) for name, module, _ in tail]
-        self.kv_shapes = self._kv_shapes(getattr(output, "past_key_values", None))
+        cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+        self.kv_shapes = self._kv_shapes(cache)
         if tail and not torch.equal(tail[-1][2], output.last_hidden_state):
             raise UserError(
                 f"model: {type(self.model).__name__} does more after its last layer than apply "
@@ -221,13 +222,14 @@ class Adapter:
 
     def _kv_shapes(self, cache: Any) -> list[KVShape]:
         kind = type(self.model).__name__
-        layers = getattr(cache, "layers", None)
-        if not layers or len(layers) != self.num_layers:
+        pairs = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())
+        ]
+        if len(pairs) != self.num_layers or any(keys is None or values is None for keys, values in pairs):
             raise UserError(f"model: {kind} keeps no key/value cache for each layer (state-space or shared caches)")
         shapes = []
-        for layer in layers:
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if keys is None or values is None or keys.ndim != 4 or keys.shape != values.shape:
+        for keys, values in pairs:
+            if keys.ndim != 4 or keys.shape != values.shape:
                 raise UserError(f"model: {kind} has a cache with unlike keys and values (MLA or linear attention)")
             shapes.append(KVShape(keys.shape[1], keys.shape[3]))
         return shapes
@@ -240,6 +242,9 @@ class Adapter:
         config = copy.copy(self.config)
         config._attn_implementation_internal = ATTENTION_NAME  # no mask is built for an attention of this name
         self._prologue.__dict__["config"] = config
+        # transformers renamed the argument within version 5.
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._head_input = _FixedBackbone(self._output_type)
         self._head = _replace_at(self.model, self._backbone_path.split("."), self._head_input)
         self._takes_kwargs = [
@@ -276,8 +281,8 @@ class Adapter:
         output = self._prologue(
             input_ids=token_ids[None],
             position_ids=positions[None],
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         return output.last_hidden_state, list(self._calls)
 
