@@ -222,7 +222,7 @@ class Adapter:
 
     def _kv_shapes(self, cache: Any) -> list[KVShape]:
         kind = type(self.model).__name__
-        pairs = [
+        pairs: list[tuple[Any, Any]] = [
             (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())
         ]
         if len(pairs) != self.num_layers or any(keys is None or values is None for keys, values in pairs):
