@@ -59,19 +59,24 @@ def connected(address: str | None, *, is_verbose: bool = False) -> Iterator[None
 
 @contextmanager
 def quiet_ray(*, is_verbose: bool) -> Iterator[None]:
-    """Without Ray Data's progress bars and messages for the block, unless they are asked for."""
+    """Without Ray Data's progress bars, messages and memory polling for the block, unless they are asked for."""
     if is_verbose:
         yield
         return
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    names = ("enable_progress_bars", "enable_operator_progress_bars", "print_on_execution_start")
-    before = {name: getattr(context, name) for name in names}
+    quiet = {
+        "enable_progress_bars": False,
+        "enable_operator_progress_bars": False,
+        "print_on_execution_start": False,
+        "memory_usage_poll_interval_s": None,  # a thread for every batch in the actor, for a figure nobody sees
+    }
+    before = {name: getattr(context, name) for name in quiet}
     log = logging.getLogger(RAY_DATA_LOGGER)
     level = log.level
-    for name in names:
-        setattr(context, name, False)
+    for name, value in quiet.items():
+        setattr(context, name, value)
     log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
