@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from tide_ray.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-POLICIES = ("full", "static")
+POLICIES = ("auto", "full", "static", "router", "confidence", "capacity", "posthoc")
+KV_POLICIES = ("fitted", "copy", "deferred", "full")
+MEASURES = ("probability", "margin", "entropy")
+EXITS_WHEN = ("pays", "always")
+DEFAULT_EXIT_ERROR = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +30,22 @@ class EngineConfig:
         max_num_batched_tokens: most rows of one step; a longer prompt is prefilled in chunks.
         kv_memory_fraction: share of the free memory that K/V pages may take.
         page_size: tokens per K/V page.
-        policy: ``full``, or ``static``: every token runs the same fixed set of layers.
+        policy: ``auto`` (``router`` with ``exits``, else ``full``); ``full``; ``static``: every token runs the same
+            fixed set of layers; with ``exits``: ``router`` (calibrated gates), ``confidence`` (of the exit head through
+            the LM head), ``capacity`` (a fixed share of rows goes deeper), ``posthoc`` (all layers run, states are
+            selected, as the TIDE paper measures it).
+        exits: folder of a router checkpoint.
+        exit_threshold: score from which a token exits, at every boundary; None takes the checkpoint's for
+            ``exit_error``.
+        exit_error: error among exiting tokens that the checkpoint's thresholds were calibrated for; None means 0.02.
+        exit_min_depth: tokens exit only after at least this many layers.
+        exits_when: ``pays``: boundaries that do not save time by the measured costs are off; ``always``: all are on.
+        confidence_measure: ``probability``, ``margin`` or ``entropy``.
+        capacity: for policy ``capacity``, the share of rows that goes deeper at each boundary, in (0, 1].
+        kv_policy: K/V of skipped layers: ``fitted``, ``copy``, ``deferred`` or ``full``; None takes the checkpoint's.
+        prefill_share: share of prompt tokens that stop at the first boundary, those with the least predicted K/V
+            error; None: prompts run every layer.
+        prefill_tail: last tokens of a prompt that always run every layer.
         exit_layer: static: every token stops at this depth.
         skip_layers: static: layers that no token runs.
         static_cost: static: share of layers to keep, in (0, 1]; the rest is skipped evenly (arXiv 2404.06954).
@@ -44,7 +63,17 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     kv_memory_fraction: float = 0.5
     page_size: int = 32
-    policy: str = "full"
+    policy: str = "auto"
+    exits: str | None = None
+    exit_threshold: float | None = None
+    exit_error: float | None = None
+    exit_min_depth: int = 0
+    exits_when: str = "pays"
+    confidence_measure: str = "probability"
+    capacity: float | None = None
+    kv_policy: str | None = None
+    prefill_share: float | None = None
+    prefill_tail: int = 32
     exit_layer: int | None = None
     skip_layers: tuple[int, ...] = ()
     static_cost: float | None = None
@@ -55,8 +84,15 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.policy not in POLICIES:
-            raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        for name, known in (
+            ("policy", POLICIES),
+            ("exits_when", EXITS_WHEN),
+            ("confidence_measure", MEASURES),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.kv_policy is not None and self.kv_policy not in KV_POLICIES:
+            raise UserError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, got {self.kv_policy!r}")
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_threads"):
             value = getattr(self, name)
             if value is None and name not in ("max_num_batched_tokens", "page_size"):
@@ -71,6 +107,14 @@ class EngineConfig:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._check_policy()
+        self._check_exits()
+
+    @property
+    def resolved_policy(self) -> str:
+        """The policy with ``auto`` decided."""
+        if self.policy != "auto":
+            return self.policy
+        return "full" if self.exits is None else "router"
 
     def _check_policy(self) -> None:
         if self.exit_layer is not None and not _is_integer(self.exit_layer):
@@ -86,8 +130,8 @@ class EngineConfig:
             )
             if is_set
         ]
-        if self.policy == "full" and chosen:
-            raise UserError(f"{chosen[0]} needs policy 'static', got policy 'full'")
+        if self.policy != "static" and chosen:
+            raise UserError(f"{chosen[0]} needs policy 'static', got policy {self.policy!r}")
         if self.policy == "static" and len(chosen) != 1:
             raise UserError(
                 "policy 'static' needs exactly one of exit_layer, skip_layers, static_cost; "
@@ -95,6 +139,33 @@ class EngineConfig:
             )
         if self.static_cost is not None and not _is_share(self.static_cost):
             raise UserError(f"static_cost must be in (0, 1], got {self.static_cost!r}")
+
+    def _check_exits(self) -> None:
+        if self.policy in ("router", "confidence", "capacity", "posthoc") and self.exits is None:
+            raise UserError(f"policy {self.policy!r} needs exits, a router checkpoint")
+        if self.policy == "static" and self.exits is not None:
+            raise UserError(f"exits needs another policy than 'static', got {self.exits!r}")
+        if (self.policy == "capacity") != (self.capacity is not None):
+            raise UserError(f"capacity goes with policy 'capacity', got {self.capacity!r} with policy {self.policy!r}")
+        if self.policy == "confidence" and self.exit_threshold is None:
+            raise UserError("policy 'confidence' needs exit_threshold, got none")
+        if self.exit_threshold is not None and self.exit_error is not None:
+            raise UserError("exit_threshold and exit_error exclude each other, got both")
+        for name in ("exit_threshold", "exit_error"):
+            value = getattr(self, name)
+            if value is not None and not (_is_share(value) or value == 0):
+                raise UserError(f"{name} must be in [0, 1], got {value!r}")
+        for name in ("capacity", "prefill_share"):
+            value = getattr(self, name)
+            if value is not None and not _is_share(value):
+                raise UserError(f"{name} must be in (0, 1], got {value!r}")
+        for name in ("exit_min_depth", "prefill_tail"):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 0:
+                raise UserError(f"{name} must be an integer of at least 0, got {value!r}")
+        for name in ("exit_threshold", "exit_error", "kv_policy", "prefill_share"):
+            if self.exits is None and getattr(self, name) is not None:
+                raise UserError(f"{name} needs exits, a router checkpoint, got {getattr(self, name)!r}")
 
 
 def _is_integer(value: object) -> bool:

@@ -16,6 +16,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 
 MAX_LOGPROBS = 100
 MAX_COMPLETIONS = 64
+REQUEST_POLICIES = ("full", "router", "confidence")
 
 
 class UserError(ValueError):
@@ -40,6 +41,8 @@ class SamplingParams:
         seed: makes a sampled request reproducible, alone or in any batch.
         n: completions per prompt.
         logprobs: return this many top log probabilities per token (of the unprocessed logits) and the sampled one's.
+        exit_threshold, exit_min_depth, exit_policy: override the engine's settings for this request; ``exit_policy`` is
+            ``full`` (no early exit), ``router`` or ``confidence``. Ours, not vLLM's.
 
     Raises:
         UserError: a value is outside its range.
@@ -58,6 +61,9 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
+    exit_threshold: float | None = None
+    exit_min_depth: int | None = None
+    exit_policy: str | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -79,14 +85,16 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         integers = ("top_k", "max_tokens", "min_tokens", "n")
-        for name in (*integers, "seed", "logprobs"):
+        for name in (*integers, "seed", "logprobs", "exit_min_depth"):
             value = getattr(self, name)
             if value is None and name not in integers:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise UserError(f"{name} must be an integer, got {value!r}")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "exit_threshold"):
             value = getattr(self, name)
+            if value is None and name == "exit_threshold":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{name} must be a number, got {value!r}")
         if not isinstance(self.ignore_eos, bool):
@@ -109,6 +117,9 @@ class SamplingParams:
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
             ("n", 1 <= self.n <= MAX_COMPLETIONS, f"from 1 to {MAX_COMPLETIONS}"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
+            ("exit_threshold", self.exit_threshold is None or 0 <= self.exit_threshold <= 1, "in [0, 1]"),
+            ("exit_min_depth", self.exit_min_depth is None or self.exit_min_depth >= 0, "at least 0"),
+            ("exit_policy", self.exit_policy in (None, *REQUEST_POLICIES), f"one of {', '.join(REQUEST_POLICIES)}"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
         )
         for name, is_valid, expected in checks:
@@ -145,7 +156,8 @@ class CompletionOutput:
     ``exit_layers`` holds depths: the number of layers run for each token, so the model's layer count means "no early
     exit". ``token_times_us[0]`` is the time to first token since admission, then each token's time since the one
     before, in microseconds. ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` is the
-    stop string or stop token id that ended it (None for EOS).
+    stop string or stop token id that ended it (None for EOS). ``gate_scores`` holds each token's score at the last
+    boundary that was asked, NaN where none was.
     """
 
     index: int
@@ -156,6 +168,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    gate_scores: list[float] = field(default_factory=list)
 
     @property
     def mean_exit_layer(self) -> float:
@@ -179,7 +192,12 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since the engine started. ``rows_through_layer[l]`` counts token rows that layer ``l`` really ran."""
+    """Counters since the engine started.
+
+    ``rows_through_layer[l]`` counts token rows that layer ``l`` really ran, ``launches`` the launches of each stage,
+    ``num_filled_rows`` rows whose K/V in skipped layers were filled, ``deferred_rows`` rows that a stage ran later for
+    their K/V alone, ``num_prefill_exits`` prompt rows that stopped at a boundary.
+    """
 
     rows_through_layer: list[int]
     num_prompt_tokens: int = 0
@@ -190,3 +208,6 @@ class EngineStats:
     num_preemptions: int = 0
     num_steps: int = 0
     launches: dict[str, int] = field(default_factory=dict)
+    num_filled_rows: int = 0
+    num_prefill_exits: int = 0
+    deferred_rows: dict[str, int] = field(default_factory=dict)

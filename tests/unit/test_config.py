@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tide_ray.config import DTYPES, EngineConfig
+from tide_ray.config import DTYPES, POLICIES, EngineConfig
 from tide_ray.types import UserError
 
 COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_threads")
@@ -24,7 +24,9 @@ def error_of(**values: Any) -> str:
 
 def test_the_defaults_are_valid_and_frozen() -> None:
     config = EngineConfig()
-    assert (config.dtype, config.device, config.policy) == ("auto", "auto", "full")
+    assert (config.dtype, config.device, config.policy) == ("auto", "auto", "auto")
+    assert config.resolved_policy == "full"
+    assert EngineConfig(exits="routers").resolved_policy == "router"
     assert config.selfcheck
     assert not config.trust_remote_code
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -77,16 +79,16 @@ def test_switches_must_be_booleans(name: str, value: Any) -> None:
 # ---- policies ----
 
 
-@pytest.mark.parametrize("value", ["router", "", None, ["full"]])
+@pytest.mark.parametrize("value", ["routers", "", None, ["full"]])
 def test_an_unknown_policy_is_refused(value: Any) -> None:
-    assert error_of(policy=value) == f"policy must be one of full, static, got {value!r}"
+    assert error_of(policy=value) == f"policy must be one of {', '.join(POLICIES)}, got {value!r}"
 
 
 @pytest.mark.parametrize("option", [{"exit_layer": 4}, {"skip_layers": (1, 2)}, {"static_cost": 0.5}])
 def test_static_takes_exactly_one_option_and_full_takes_none(option: dict[str, Any]) -> None:
     (name,) = option
     assert EngineConfig(policy="static", **option).policy == "static"
-    assert error_of(**option) == f"{name} needs policy 'static', got policy 'full'"
+    assert error_of(**option) == f"{name} needs policy 'static', got policy 'auto'"
 
 
 def test_static_without_or_with_several_options_is_refused() -> None:
@@ -110,3 +112,28 @@ def test_exit_layer_must_be_an_integer(value: Any) -> None:
 @pytest.mark.parametrize("value", [3, "12", (1, "2"), (1, 2.0), (True,)])
 def test_skip_layers_must_be_a_list_of_layer_numbers(value: Any) -> None:
     assert error_of(policy="static", skip_layers=value) == f"skip_layers must be a list of layer numbers, got {value!r}"
+
+
+# ---- exits ----
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "router"}, "policy 'router' needs exits, a router checkpoint"),
+        ({"policy": "static", "exit_layer": 2, "exits": "r"}, "exits needs another policy than 'static', got 'r'"),
+        ({"exits": "r", "capacity": 0.5}, "capacity goes with policy 'capacity', got 0.5 with policy 'auto'"),
+        ({"exits": "r", "policy": "capacity"}, "capacity goes with policy 'capacity', got None with policy 'capacity'"),
+        ({"exits": "r", "policy": "confidence"}, "policy 'confidence' needs exit_threshold, got none"),
+        ({"exits": "r", "exit_threshold": 0.5, "exit_error": 0.01}, "exit_threshold and exit_error exclude each other"),
+        ({"exits": "r", "exit_threshold": 1.5}, "exit_threshold must be in [0, 1], got 1.5"),
+        ({"exits": "r", "prefill_share": 0}, "prefill_share must be in (0, 1], got 0"),
+        ({"exits": "r", "exit_min_depth": -1}, "exit_min_depth must be an integer of at least 0, got -1"),
+        ({"exits": "r", "kv_policy": "zero"}, "kv_policy must be one of fitted, copy, deferred, full, got 'zero'"),
+        ({"exits": "r", "exits_when": "never"}, "exits_when must be one of pays, always, got 'never'"),
+        ({"prefill_share": 0.5}, "prefill_share needs exits, a router checkpoint, got 0.5"),
+        ({"exit_threshold": 0.5}, "exit_threshold needs exits, a router checkpoint, got 0.5"),
+    ],
+)
+def test_settings_of_exits_that_do_not_go_together_are_refused(values: dict[str, Any], message: str) -> None:
+    assert error_of(**values).startswith(message)

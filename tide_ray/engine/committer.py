@@ -23,11 +23,13 @@ class Committer:
         """Note computed rows and chosen tokens; returns the sequences that this finished."""
         time_us = self.clock()
         for span in spans:
-            span.sequence.num_computed += span.count
+            if not span.is_decode:  # a row that decodes counts once its token is chosen, which may be steps later
+                span.sequence.num_computed += span.count - bool(span.sequence.stage)
         finished = []
         for token in sampled:
             sequence = token.sequence
-            sequence.append(token.token_id, token.depth, token.logprobs, time_us)
+            sequence.num_computed = sequence.num_tokens
+            sequence.append(token.token_id, token.depth, token.logprobs, time_us, token.score)
             self.stats.num_generated_tokens += 1
             if len(sequence.output_ids) == 1:
                 self.stats.num_prompt_tokens += len(sequence.prompt_ids)

@@ -15,6 +15,7 @@ import torch
 
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
+from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
 from tide_ray.engine.kv_cache import KVCache, PagePool
 from tide_ray.engine.memory import keep_freed_memory, plan_memory
 from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
@@ -23,6 +24,7 @@ from tide_ray.engine.scheduler import Scheduler
 from tide_ray.engine.selfcheck import selfcheck
 from tide_ray.engine.sequence import Sequence, now_us
 from tide_ray.engine.stages import plan_stages
+from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.load import LoadedModel, load
 from tide_ray.models.packed_linear import can_pack, pack_linears
@@ -38,12 +40,13 @@ class TideEngine:
         model: what ``tide_ray.models.load`` returned. The engine takes over its attention and, on a CPU in bfloat16,
             its linear layers' weights.
         config: how to run it.
+        routers: calibrated for this model, in place of the checkpoint that ``config.exits`` names.
 
     Raises:
         UserError: the model or the configuration cannot be run; the message names what.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None, routers: Routers | None = None) -> None:
         self.model = model
         self.config = config = config or EngineConfig()
         if config.num_threads is not None:
@@ -54,7 +57,8 @@ class TideEngine:
             pack_linears(model.model)
         with torch.inference_mode():
             adapter = Adapter(model.model)
-        stages = plan_stages(config, adapter.num_layers)
+        routers = load_routers(config, model, adapter) if routers is None else routers
+        stages = plan_stages(config, adapter.num_layers, routers.depths if routers is not None else ())
         if config.selfcheck:
             selfcheck(adapter)
         plan = plan_memory(config, adapter, model_limit=position_limit(adapter.config))
@@ -77,7 +81,18 @@ class TideEngine:
             max_rows=config.max_num_batched_tokens,
             clock=now_us,
         )
-        self.runner = Runner(adapter, stages, pools, self.stats)
+        self.runner = Runner(
+            adapter,
+            stages,
+            pools,
+            self.stats,
+            waiting=self.scheduler.waiting_for_stage,
+            max_residents=plan.max_num_seqs,
+            prefill_tail=config.prefill_tail,
+        )
+        self.routers = routers
+        if routers is not None:
+            install_exits(config, routers, self.runner, self.max_num_seqs)
         self.committer = Committer(self.scheduler, self.stats, now_us)
         self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
         self._requests: dict[str, Request] = {}
@@ -206,7 +221,7 @@ class TideEngine:
 
     def _advance(self) -> None:
         spans = self.scheduler.schedule()
-        if not spans:
+        if not spans and not self.scheduler.has_residents:
             return
         for sequence in self.committer.commit(spans, self.runner.run(spans)):
             request = self._requests.get(sequence.request_id)
@@ -224,7 +239,8 @@ class TideEngine:
             "model_fingerprint": self.model.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
-            "policy": config.policy,
+            "policy": "router" if self.routers is not None and config.policy == "auto" else config.resolved_policy,
+            "exits": describe_exits(config, self.routers, self.runner),
             "stages": [
                 {"name": stage.name, "layers": list(stage.layers), "depth": stage.depth} for stage in self.runner.stages
             ],
@@ -256,6 +272,7 @@ class TideEngine:
                 raise UserError(f"stop_token_ids must be from 0 to {self._encoder.vocab_size - 1}, got {token_id}")
         arrival = now_us()
         eos = () if params.ignore_eos else self.model.eos_token_ids
+        rules = exit_rules(self.config, self.routers, params)
         seed = params.seed if params.seed is not None else self._next_seed()
         sequences = [
             Sequence(
@@ -267,6 +284,7 @@ class TideEngine:
                 stop_ids=frozenset((*eos, *params.stop_token_ids)),
                 max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
                 arrival_us=arrival,
+                exit_rules=rules,
                 detokenizer=make_detokenizer(self.tokenizer, params, streaming=streaming),
             )
             for index in range(params.n)

@@ -7,6 +7,7 @@ numbering: a sequence owns the same page numbers in all layers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,7 +40,7 @@ class PagePool:
 
 
 class KVCache:
-    """The K and V pools of every layer."""
+    """The K and V pools of every layer. Neighbouring layers of one shape lie in one tensor, see ``write_layers``."""
 
     def __init__(
         self, shapes: Sequence[KVShape], *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -48,15 +49,28 @@ class KVCache:
         self.num_pages = num_pages
         self.key_pools: list[Tensor] = []
         self.value_pools: list[Tensor] = []
-        for shape in shapes:
-            size = (num_pages, shape.num_heads, page_size, shape.head_dim)
-            self.key_pools.append(_zeros(size, dtype, device))
-            self.value_pools.append(_zeros(size, dtype, device))
+        self._joined: list[tuple[int, Tensor, Tensor]] = []  # first layer, its run's K and V pools
+        for shape, run in itertools.groupby(shapes):
+            size = (len(list(run)), num_pages, shape.num_heads, page_size, shape.head_dim)
+            keys, values = _zeros(size, dtype, device), _zeros(size, dtype, device)
+            self._joined.append((len(self.key_pools), keys, values))
+            self.key_pools += list(keys)
+            self.value_pools += list(values)
 
     def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Store K/V rows ``[N, H_kv, d]`` at page numbers and offsets ``[N]`` of one layer."""
         self.key_pools[layer][pages, :, offsets] = key
         self.value_pools[layer][pages, :, offsets] = value
+
+    def write_layers(self, first: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store K/V ``[N, layers, H_kv, d]`` of layers from ``first`` on, all of one shape, in one go."""
+        for start, key_pool, value_pool in self._joined:
+            if start <= first < start + len(key_pool):
+                run = slice(first - start, first - start + keys.shape[1])
+                key_pool[run, pages, :, offsets] = keys
+                value_pool[run, pages, :, offsets] = values
+                return
+        raise AssertionError(f"{first = } is not a layer")
 
     def gather(self, layer: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """K and V ``[H_kv, length, d]`` of the first ``length`` tokens of the sequence that owns ``pages``."""

@@ -22,7 +22,7 @@ DEFAULT_MODEL_LEN = 8192
 
 # mallopt's parameters (malloc.h) and what they are set to; glibc takes no larger mmap threshold.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-LARGEST_HEAP_BUFFER, KEPT_BYTES, HEAP_STEP = 32 << 20, 1 << 30, 64 << 20
+LARGEST_HEAP_BUFFER, KEPT_BYTES, HEAP_STEP = 32 << 20, 512 << 20, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

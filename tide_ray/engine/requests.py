@@ -130,6 +130,7 @@ def to_output(request: Request, tokenizer: Any, *, finished: bool = True) -> Req
                 finish_reason=sequence.finish_reason,
                 stop_reason=sequence.stop_reason,
                 logprobs=logprobs,
+                gate_scores=list(sequence.gate_scores),
             )
         )
     admitted = min((s.admitted_us for s in request.sequences if s.admitted_us), default=request.arrival_us)

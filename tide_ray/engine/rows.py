@@ -1,7 +1,8 @@
 """The rows of one launch and how they attend: packed, ragged, no padding.
 
-Rows come in two groups: first the decode rows (one per sequence), then prefill chunks (several rows of one sequence).
-``LaunchCache`` is what the model's layers get as their key/value cache.
+Rows come in two groups: first the decode rows (one per sequence), then chunks (several rows of one sequence: a prompt,
+what is left of one after exits, or positions that wait for a deep stage). ``LaunchCache`` is what the model's layers
+get as their key/value cache.
 """
 
 from __future__ import annotations
@@ -22,24 +23,21 @@ from tide_ray.engine.kv_cache import KVCache
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows ``start:stop`` of a launch: consecutive tokens of one sequence with ``context`` tokens before them."""
+    """Rows ``start:stop`` of a launch: tokens of one sequence at rising ``positions`` (long ``[stop - start]``)."""
 
     start: int
     stop: int
-    context: int
+    positions: Tensor
+    length: int  # tokens that the last row attends to, itself included
+    is_whole: bool  # the rows are the sequence's tokens from its first on, so nothing lies before them
     pages: Tensor  # page numbers of the sequence, long
     masks: dict[int, Tensor] = field(default_factory=dict)  # by sliding window, built once per launch
 
-    @property
-    def length(self) -> int:
-        """Tokens that the last row attends to, itself included."""
-        return self.context + self.stop - self.start
-
-    def mask(self, window: int, device: torch.device) -> Tensor:
+    def mask(self, window: int) -> Tensor:
         """Which of the sequence's tokens each row may see, ``[rows, length]`` bool."""
         if window not in self.masks:
-            query = torch.arange(self.context, self.length, device=device)[:, None]
-            key = torch.arange(self.length, device=device)[None, :]
+            query = self.positions[:, None]
+            key = torch.arange(self.length, device=query.device)[None, :]
             visible = key <= query
             if window:
                 visible &= key > query - window
@@ -74,23 +72,33 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """``count`` consecutive tokens of one sequence, the first at position ``start``, to be run in this launch."""
+    """Tokens of one sequence at rising ``positions``, to be run in one launch. A decode span is a single token."""
 
     token_ids: Sequence[int]
-    start: int
+    positions: np.ndarray  # int64
     pages: np.ndarray  # int32 page numbers of the sequence
     is_decode: bool
 
+    @classmethod
+    def run(cls, token_ids: Sequence[int], start: int, pages: np.ndarray, *, is_decode: bool) -> RowSpan:
+        """Consecutive tokens, the first at position ``start``."""
+        return cls(token_ids, np.arange(start, start + len(token_ids)), pages, is_decode)
+
+    def select(self, kept: np.ndarray) -> RowSpan:
+        """The tokens for which ``kept`` (bool, one for each) holds."""
+        if kept.all():
+            return self
+        index = np.flatnonzero(kept)
+        return RowSpan([self.token_ids[int(i)] for i in index], self.positions[index], self.pages, self.is_decode)
+
 
 def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device) -> RowBatch:
-    """Pack spans into rows; decode spans (one row each) must come first."""
+    """Pack spans into rows; decode spans must come first."""
     token_ids = [token for span in spans for token in span.token_ids]
-    positions = np.concatenate([np.arange(span.start, span.start + len(span.token_ids)) for span in spans])
-    write_pages = np.concatenate(
-        [span.pages[np.arange(span.start, span.start + len(span.token_ids)) // page_size] for span in spans]
-    )
+    positions = np.concatenate([span.positions for span in spans])
+    write_pages = np.concatenate([span.pages[span.positions // page_size] for span in spans])
     decode = [span for span in spans if span.is_decode]
-    lengths = np.array([span.start + 1 for span in decode], dtype=np.int32)
+    lengths = (positions[: len(decode)] + 1).astype(np.int32)
     width = int(-(-lengths.max() // page_size)) if decode else 0
     table = np.zeros((len(decode), width), dtype=np.int32)
     for row, span in zip(table, decode, strict=True):
@@ -100,9 +108,17 @@ def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device) -
     for span in spans[len(decode) :]:
         assert not span.is_decode, "decode spans come first"
         stop = start + len(span.token_ids)
-        needed = -(-(span.start + len(span.token_ids)) // page_size)
-        pages = torch.from_numpy(span.pages[:needed].astype(np.int64)).to(device)
-        chunks.append(Chunk(start, stop, span.start, pages))
+        length = int(span.positions[-1]) + 1
+        chunks.append(
+            Chunk(
+                start,
+                stop,
+                torch.from_numpy(span.positions).to(device),
+                length,
+                is_whole=length == stop - start,
+                pages=torch.from_numpy(span.pages[: -(-length // page_size)].astype(np.int64)).to(device),
+            )
+        )
         start = stop
 
     def to_device(array: np.ndarray) -> Tensor:
@@ -110,9 +126,9 @@ def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device) -
 
     return RowBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
-        positions=to_device(positions.astype(np.int64)),
+        positions=to_device(positions),
         write_pages=to_device(write_pages.astype(np.int64)),
-        write_offsets=to_device((positions % page_size).astype(np.int64)),
+        write_offsets=to_device(positions % page_size),
         decode_pages=to_device(table),
         decode_lengths=to_device(lengths),
         chunks=chunks,
@@ -164,10 +180,10 @@ class LaunchCache(Cache):
             )
         for chunk in rows.chunks:
             q = query[0, :, chunk.start : chunk.stop]
-            if chunk.context:
-                k, v = self._pools.gather(layer, chunk.pages, chunk.length)
-            else:
+            if chunk.is_whole:
                 k, v = key[0, :, chunk.start : chunk.stop], value[0, :, chunk.start : chunk.stop]
+            else:
+                k, v = self._pools.gather(layer, chunk.pages, chunk.length)
             parts.append(_extend_attention(q, k, v, chunk, scale=scale, softcap=softcap, window=window).transpose(0, 1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
@@ -182,9 +198,9 @@ def _extend_attention(
     if softcap:
         scores = (query @ key.transpose(1, 2)).float() * scale
         scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~chunk.mask(window, query.device), float("-inf"))
+        scores = scores.masked_fill(~chunk.mask(window), float("-inf"))
         return torch.softmax(scores, dim=-1).to(value.dtype) @ value
-    is_causal = not chunk.context and not window
-    mask = None if is_causal else chunk.mask(window, query.device)
+    is_causal = chunk.is_whole and not window
+    mask = None if is_causal else chunk.mask(window)
     out = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, is_causal=is_causal, scale=scale)
     return out[0]

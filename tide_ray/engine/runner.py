@@ -1,17 +1,29 @@
-"""Run scheduled rows through the model: the second of the engine's three verbs (schedule, run, commit)."""
+"""Run scheduled rows through the model: the second of the engine's three verbs (schedule, run, commit).
+
+Rows pass the stages in order. At a boundary some stop: their token is read from the state there, and their K/V in
+deeper layers are filled. The others go on at once, or wait until a launch of the next stage pays. The LM head runs once
+per step, over everything whose token is due.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from tide_ray.engine.boundaries import Arrivals, BoundaryExits, Flow, Leaving
 from tide_ray.engine.kv_cache import KVCache
-from tide_ray.engine.rows import LaunchCache, RowSpan, build_rows
+from tide_ray.engine.lanes import FOLLOWS, Lane, row_starts, scheduled_lane, waiting_lane, with_pending
+from tide_ray.engine.planner import LaunchPlanner
+from tide_ray.engine.rows import LaunchCache, build_rows
 from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.engine.scheduler import ScheduledSpan
-from tide_ray.engine.sequence import Sequence
+from tide_ray.engine.sequence import PendingState, Sequence
 from tide_ray.engine.stages import Stage
 from tide_ray.models.adapter import Adapter
 from tide_ray.types import EngineStats, Logprob
@@ -19,59 +31,187 @@ from tide_ray.types import EngineStats, Logprob
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token chosen for one sequence and the depth its state left the layers at."""
+    """A token chosen for one sequence, the depth its state left the layers at, and the last gate's score."""
 
     sequence: Sequence
     token_id: int
     depth: int
     logprobs: dict[int, Logprob] | None
+    score: float = math.nan
 
 
 class Runner:
-    """Owns the model, the K/V pools and the sampler."""
+    """Owns the model, the K/V pools, the states that wait for a stage, and the sampler.
 
-    def __init__(self, adapter: Adapter, stages: Seq[Stage], pools: KVCache, stats: EngineStats) -> None:
+    Args:
+        stages: shallowest first; with ``exits`` and ``planner`` there is a boundary after each but the last.
+        waiting: the residents whose newest token waits for a stage.
+        max_residents: slots of waiting states.
+        prefill_tail: last tokens of a prompt that always run every layer.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        stages: Seq[Stage],
+        pools: KVCache,
+        stats: EngineStats,
+        *,
+        waiting: Callable[[int], list[Sequence]],
+        max_residents: int,
+        prefill_tail: int = 1,
+    ) -> None:
         self.adapter = adapter
         self.stages = stages
         self.pools = pools
         self.stats = stats
         self.sampler = Sampler()
+        self.exits: BoundaryExits | None = None
+        self.planner: LaunchPlanner | None = None
+        self._waiting = waiting
+        self._prefill_tail = prefill_tail
+        size = (len(stages) - 1, max_residents, adapter.config.hidden_size)
+        self._states = torch.zeros(size, dtype=adapter.dtype, device=adapter.device)
 
     @torch.inference_mode()
     def run(self, spans: Seq[ScheduledSpan]) -> list[SampledToken]:
-        """One launch of every stage over the spans' rows; a token for each span that reaches its sequence's end."""
-        rows = build_rows([_row_span(span) for span in spans], self.pools.page_size, self.adapter.device)
-        cache = LaunchCache(self.pools, rows)
-        hidden, calls = self.adapter.prologue(rows.token_ids, rows.positions, cache)
-        for stage in self.stages:
-            hidden = stage.run(self.adapter, hidden, calls, cache, self.stats.rows_through_layer)
-            self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
-        sampling, last_rows, row = [], [], 0
-        for span in spans:
-            row += span.count
-            if span.samples:
-                sampling.append(span.sequence)
-                last_rows.append(row - 1)
-        if not sampling:
-            return []
-        index = torch.tensor(last_rows, device=hidden.device)
-        logits = self.adapter.head(self.adapter.final_norm(hidden[:, index]))
-        sampled = self.sampler.sample(logits, [sampling_row(sequence) for sequence in sampling])
-        depth = self.stages[-1].depth
-        return [
-            SampledToken(sequence, token_id, depth, logprobs)
-            for sequence, token_id, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True)
+        """One step: stage 0 over the spans' rows, deeper stages over what is ready for them; the tokens now chosen."""
+        lanes = [scheduled_lane(span, self.adapter.num_layers, self._prefill_tail) for span in spans]
+        is_on, probes = self._plan(lanes)
+        arrived: Arrivals | None = self._prepared(lanes) if lanes else None
+        leaving: list[Leaving] = []
+        for index, stage in enumerate(self.stages):
+            flow = self._enter(index, arrived, must_launch=not spans)
+            if flow is None:
+                arrived = None
+                continue
+            self._launch(stage, flow)
+            if index == len(self.stages) - 1:
+                leaving += self._finished(flow)
+            else:
+                arrived, left = self._at_boundary(index, flow, is_on=is_on[index], probes=probes)
+                leaving += [left] if left is not None else []
+        return self._choose(leaving)
+
+    # ---- stages ----
+
+    def _plan(self, lanes: Seq[Lane]) -> tuple[tuple[bool, ...], bool]:
+        if self.planner is None:
+            return (False,) * len(self.stages), False
+        waiting = sum(len(self._waiting(stage)) for stage in range(1, len(self.stages)))
+        plan = self.planner.plan(sum(lane.may_wait for lane in lanes) + waiting)
+        return plan.is_on, self.planner.probes
+
+    def _launch(self, stage: Stage, flow: Flow) -> None:
+        flow.hidden = stage.run(self.adapter, flow.hidden[None], flow.calls, flow.cache, self.stats.rows_through_layer)[
+            0
         ]
+        self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
+        num_deferred = sum(int((lane.fates == FOLLOWS).sum()) for lane in flow.lanes if lane.num_rows > 1)
+        if num_deferred:
+            self.stats.deferred_rows[stage.name] = self.stats.deferred_rows.get(stage.name, 0) + num_deferred
 
+    def _at_boundary(
+        self, index: int, flow: Flow, *, is_on: bool, probes: bool
+    ) -> tuple[Arrivals | None, Leaving | None]:
+        if self.exits is None or self.planner is None:
+            return flow, None
+        if probes and not is_on:
+            self.planner.observe(index, *self.exits.probe(index, flow))
+        goes_on, leaving = self.exits.split(index, flow, is_on=is_on)
+        self.planner.observe(index, *self.exits.take_observed(index))
+        return goes_on, leaving
 
-def _row_span(span: ScheduledSpan) -> RowSpan:
-    sequence = span.sequence
-    return RowSpan(
-        token_ids=sequence.tokens(sequence.num_computed, span.count),
-        start=sequence.num_computed,
-        pages=sequence.page_array(),
-        is_decode=span.is_decode,
-    )
+    def _enter(self, index: int, arrived: Arrivals | None, *, must_launch: bool) -> Flow | None:
+        """The next launch of stage ``index``, or None while its rows wait (or there are none)."""
+        if index == 0 or self.planner is None:
+            assert arrived is None or isinstance(arrived, Flow), "nothing leaves a launch without exits"
+            return arrived
+        waiting = self._waiting(index)
+        lanes = arrived.lanes if arrived is not None else []
+        num_ready = len(waiting) + len(lanes)
+        goes = self.planner.should_launch(index, num_ready)
+        if not (goes or must_launch or any(not lane.may_wait for lane in lanes)):
+            if arrived is not None:
+                self._hold(index, arrived)
+            return None
+        if not num_ready:
+            return None
+        self.planner.launched(index)
+        has_pending = any(lane.sequence.pending for lane in lanes)
+        if arrived is not None and not waiting and not has_pending:
+            return arrived if isinstance(arrived, Flow) else self._prepared(arrived.lanes, arrived.hidden)
+        merged = self._merged(index, arrived, waiting)
+        return self._prepared(merged.lanes, merged.hidden)
+
+    def _hold(self, index: int, flow: Arrivals) -> None:
+        """Keep every lane's states until stage ``index`` is launched."""
+        starts = row_starts(flow.lanes)
+        last = torch.from_numpy(starts[1:] - 1).to(flow.hidden.device)
+        slots = torch.tensor([lane.sequence.slot for lane in flow.lanes], device=flow.hidden.device)
+        self._states[index - 1, slots] = flow.hidden[last]
+        for lane, start in zip(flow.lanes, starts, strict=False):
+            lane.sequence.stage = index
+            lane.sequence.waiting_score = lane.score
+            for row in np.flatnonzero(lane.fates == FOLLOWS):
+                state = flow.hidden[start + row].clone()
+                lane.sequence.pending.append(PendingState(index, int(lane.span.positions[row]), state))
+
+    def _merged(self, index: int, flow: Arrivals | None, waiting: Seq[Sequence]) -> Arrivals:
+        """The flow's rows, those of waiting sequences, and the positions that these drag along."""
+        sources: list[Tensor] = [] if flow is None else [flow.hidden]
+        num_rows = 0 if flow is None else len(flow.hidden)
+        entries: list[tuple[Lane, np.ndarray]] = []
+        if flow is not None:
+            starts = row_starts(flow.lanes)
+            entries += [(lane, np.arange(starts[n], starts[n + 1])) for n, lane in enumerate(flow.lanes)]
+        if waiting:
+            slots = torch.tensor([sequence.slot for sequence in waiting], device=self._states.device)
+            sources.append(self._states[index - 1, slots])
+            entries += [(waiting_lane(sequence), np.array([num_rows + n])) for n, sequence in enumerate(waiting)]
+            num_rows += len(waiting)
+            for sequence in waiting:
+                sequence.stage = 0
+        for n, (lane, origin) in enumerate(entries):
+            pending = [p for p in lane.sequence.pending if p.stage == index]
+            if pending:
+                lane.sequence.pending[:] = [p for p in lane.sequence.pending if p.stage != index]
+                merged, by_position = with_pending(lane, pending)
+                rows = np.concatenate([np.arange(num_rows, num_rows + len(pending)), origin])
+                entries[n] = merged, rows[by_position]
+                sources.append(torch.stack([p.state for p in pending]))
+                num_rows += len(pending)
+        entries.sort(key=lambda entry: not entry[0].span.is_decode)  # decode lanes first, else as they were
+        order = torch.from_numpy(np.concatenate([rows for _, rows in entries])).to(self._states.device)
+        return Arrivals([lane for lane, _ in entries], torch.cat(sources)[order])
+
+    def _prepared(self, lanes: list[Lane], hidden: Tensor | None = None) -> Flow:
+        """A launch of these rows: their states, or else the model's embeddings, and its call for each layer."""
+        rows = build_rows([lane.span for lane in lanes], self.pools.page_size, self.adapter.device)
+        cache = LaunchCache(self.pools, rows)
+        embedded, calls = self.adapter.prologue(rows.token_ids, rows.positions, cache)
+        return Flow(lanes, embedded[0] if hidden is None else hidden, rows, cache, calls)
+
+    # ---- tokens ----
+
+    def _finished(self, flow: Flow) -> list[Leaving]:
+        numbers = [n for n, lane in enumerate(flow.lanes) if lane.samples]
+        if not numbers:
+            return []
+        last = torch.from_numpy(row_starts(flow.lanes)[1:][numbers] - 1).to(flow.hidden.device)
+        return [Leaving([flow.lanes[n] for n in numbers], flow.hidden[last], self.stages[-1].depth)]
+
+    def _choose(self, leaving: Seq[Leaving]) -> list[SampledToken]:
+        if not leaving:
+            return []
+        states = torch.cat([left.states for left in leaving])
+        lanes = [(lane, left.depth) for left in leaving for lane in left.lanes]
+        logits = self.adapter.head(self.adapter.final_norm(states[None]))
+        sampled = self.sampler.sample(logits, [sampling_row(lane.sequence) for lane, _ in lanes])
+        return [
+            SampledToken(lane.sequence, token_id, depth, logprobs, lane.score)
+            for (lane, depth), token_id, logprobs in zip(lanes, sampled.token_ids, sampled.logprobs, strict=True)
+        ]
 
 
 def sampling_row(sequence: Sequence) -> SamplingRow:

@@ -50,10 +50,15 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.residents: list[Sequence] = []
         self.num_preemptions = 0
+        self._free_slots = list(range(max_residents - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.residents)
+
+    @property
+    def has_residents(self) -> bool:
+        return bool(self.residents)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -62,12 +67,15 @@ class Scheduler:
         """Forget a finished or aborted sequence and free its pages."""
         self._free_pages(sequence)
         if sequence in self.residents:
-            self.residents.remove(sequence)
+            self._evict(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[ScheduledSpan]:
-        """The spans of the next launch, decode spans first; empty only when there is no work."""
+        """The spans of the next launch of stage 0, decode spans first.
+
+        Empty when there is no work, or when every resident waits for a deeper stage (see ``waiting_for_stage``).
+        """
         decode = self._schedule_decode()
         budget = self.max_rows - len(decode)
         prefill: list[ScheduledSpan] = []
@@ -83,10 +91,14 @@ class Scheduler:
             budget -= count
         return decode + prefill
 
+    def waiting_for_stage(self, stage: int) -> list[Sequence]:
+        """Residents whose newest token has run every stage before ``stage`` and waits for it."""
+        return [s for s in self.residents if s.stage == stage]
+
     def _schedule_decode(self) -> list[ScheduledSpan]:
         """Every decoding resident up to ``max_rows``, each with a page for its new token."""
         spans: list[ScheduledSpan] = []
-        for sequence in [s for s in self.residents if s.is_decoding][: self.max_rows]:
+        for sequence in [s for s in self.residents if s.is_decoding and not s.stage][: self.max_rows]:
             if sequence not in self.residents:  # preempted by one before it
                 continue
             while not self._grow(sequence):
@@ -125,17 +137,22 @@ class Scheduler:
             return None
         self.waiting.popleft()
         self.residents.append(sequence)
+        sequence.slot = self._free_slots.pop()
         if not sequence.admitted_us:
             sequence.admitted_us = self.clock()
         return sequence
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _evict(self, sequence: Sequence) -> None:
         self.residents.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._evict(sequence)
         self._free_pages(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _free_pages(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.num_computed = 0
+        sequence.forget_computed()

@@ -90,7 +90,7 @@ def _packed_states(adapter: Adapter, prompts: list[list[int]], native: list[list
     collected: list[list[list[Tensor]]] = [[] for _ in prompts]
     for step in range(2 + NUM_DECODE):
         spans = [
-            RowSpan(prompt[begin:end], begin, pages, is_decode=step >= 2)
+            RowSpan.run(prompt[begin:end], begin, pages, is_decode=step >= 2)
             for prompt, pages, (begin, end) in zip(prompts, numbers, (cut[step] for cut in cuts), strict=True)
         ]
         windows = [slice(begin, end) for begin, end in (cut[step] for cut in cuts)]

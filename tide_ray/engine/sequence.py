@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from tide_ray.engine.detokenizer import Detokenizer
 from tide_ray.types import Logprob, SamplingParams
@@ -14,6 +16,26 @@ from tide_ray.types import Logprob, SamplingParams
 def now_us() -> int:
     """Monotonic time in microseconds."""
     return time.perf_counter_ns() // 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRules:
+    """When the tokens of a request may exit: the score needed at each boundary (infinite: never), and from what."""
+
+    thresholds: tuple[float, ...] = ()
+    scorer: str = "router"
+
+
+NEVER = ExitRules()
+
+
+@dataclass(frozen=True, slots=True)
+class PendingState:
+    """A position whose token exited while its deeper K/V are still to be computed, from stage ``stage`` on."""
+
+    stage: int
+    position: int
+    state: Tensor  # [D]
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +59,13 @@ class Sequence:
     token_times_us: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
+    gate_scores: list[float] = field(default_factory=list)
+    exit_rules: ExitRules = NEVER
     num_computed: int = 0
+    slot: int = -1  # its row in the buffers of waiting states while it is resident
+    stage: int = 0  # the stage that its newest token is ready for
+    waiting_score: float = math.nan  # of the gate it passed last, while it waits for ``stage``
+    pending: list[PendingState] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     admitted_us: int = 0
     last_token_us: int = 0
@@ -68,13 +96,22 @@ class Sequence:
             return self.output_ids[start - prompt_length : start - prompt_length + count]
         return (self.prompt_ids[start : start + count] + self.output_ids)[:count]
 
+    def forget_computed(self) -> None:
+        """Nothing of it is computed any more: its pages were taken away."""
+        self.pages = []
+        self.num_computed = self.stage = 0
+        self.pending.clear()
+
     def page_array(self) -> np.ndarray:
         return np.array(self.pages, dtype=np.int32)
 
-    def append(self, token_id: int, depth: int, logprobs: dict[int, Logprob] | None, time_us: int) -> None:
-        """Note a generated token, the depth it left at and when."""
+    def append(
+        self, token_id: int, depth: int, logprobs: dict[int, Logprob] | None, time_us: int, score: float = math.nan
+    ) -> None:
+        """Note a generated token, the depth it left at, the last gate's score (NaN: none was asked) and when."""
         self.output_ids.append(token_id)
         self.exit_layers.append(depth)
+        self.gate_scores.append(score)
         self.token_times_us.append(time_us - (self.last_token_us or self.admitted_us))
         self.last_token_us = time_us
         if logprobs is not None:

@@ -1,12 +1,14 @@
 """Stages: the runs of layers between two boundaries, and the policy that cuts a model into them.
 
-Policy ``full`` is one stage of all layers. Policy ``static`` is one stage of a fixed subset that every token runs:
-either the first ``exit_layer`` layers, or all but a skipped set. A layer outside the stage does not run for any row,
-prompt rows included, so skipped layers need no K/V.
+With routers there is a boundary at each calibrated depth. Policy ``full`` is one stage of all layers. Policy
+``static`` is one stage of a fixed subset that every token runs: either the first ``exit_layer`` layers, or all but a
+skipped set. A layer outside the stage does not run for any row, prompt rows included, so skipped layers need no K/V.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,13 +48,17 @@ def evenly_spaced_layers(num_layers: int, cost: float) -> tuple[int, ...]:
     return tuple(round(i * (num_layers - 1) / (keep - 1)) for i in range(keep))
 
 
-def plan_stages(config: EngineConfig, num_layers: int) -> list[Stage]:
-    """The stages of a policy, shallowest first.
+def plan_stages(config: EngineConfig, num_layers: int, boundaries: Sequence[int] = ()) -> list[Stage]:
+    """The stages of a policy, shallowest first. ``boundaries``: depths at which tokens may exit, rising.
 
     Raises:
         UserError: a depth or layer number that the model does not have.
     """
-    if config.policy == "full":
+    if boundaries:
+        cuts = [0, *boundaries, num_layers]
+        runs = itertools.pairwise(cuts)
+        return [Stage(f"stage_{n}", tuple(range(*run)), run[1]) for n, run in enumerate(runs)]
+    if config.resolved_policy == "full":
         layers = tuple(range(num_layers))
     elif config.exit_layer is not None:
         if not 1 <= config.exit_layer <= num_layers:
@@ -67,4 +73,4 @@ def plan_stages(config: EngineConfig, num_layers: int) -> list[Stage]:
         layers = tuple(layer for layer in range(num_layers) if layer not in set(config.skip_layers))
         if not layers:
             raise UserError(f"skip_layers must leave at least one layer, got all {num_layers}")
-    return [Stage(config.policy, layers, len(layers))]
+    return [Stage(config.resolved_policy, layers, len(layers))]

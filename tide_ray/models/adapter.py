@@ -15,14 +15,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tide_ray.types import UserError
@@ -91,6 +91,32 @@ class RowCache(Protocol):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
     ) -> Tensor:
         """Attention of the rows over their sequences in the layer stored last: ``[1, H, N, d]`` -> ``[1, N, H, d]``."""
+
+
+class _LayerStopped(Exception):
+    """Leaves a layer once its K/V are known."""
+
+
+class KeyValueTap(Cache):
+    """A row cache that keeps the K/V a layer would store, and ends the layer there."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.key_value: tuple[Tensor, Tensor] | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.key_value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
+    ) -> Tensor:
+        raise _LayerStopped
 
 
 class _DirectAttention(TorchFunctionMode):
@@ -293,6 +319,17 @@ class Adapter:
         with mode:
             output = self.layers[index](hidden, *call.args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def keys_values(self, index: int, hidden: Tensor, call: LayerCall, tap: KeyValueTap) -> tuple[Tensor, Tensor]:
+        """K and V ``[N, H_kv, d]`` that layer ``index`` would store for states ``[1, N, D]``; the rest does not run.
+
+        ``call`` must come from a ``prologue`` with ``tap`` as its cache.
+        """
+        tap.key_value = None
+        with suppress(_LayerStopped):
+            self.run_layer(index, hidden, call, tap)
+        assert tap.key_value is not None, "the layer stored no K/V before it attended"
+        return tap.key_value
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """Pre-norm state after the last layer ``[..., D]`` -> the state that the head takes."""

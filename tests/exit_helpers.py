@@ -1,0 +1,89 @@
+"""Routers and engines with exits for tests: random or perfect heads, gates that never or always let tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from references import loaded
+from tide_ray import EngineConfig, TideEngine
+from tide_ray.engine.cost_model import LaunchPlan
+from tide_ray.engine.planner import LaunchPlanner
+from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_of
+from tide_ray.exits.gates import Gate
+from tide_ray.exits.policies import ForcedExits
+from tide_ray.exits.readouts import ExitHead, KVHead
+from tide_ray.models.adapter import KVShape
+from tide_ray.models.load import LoadedModel
+
+NUM_LAYERS = 4
+
+
+def make_routers(
+    model: LoadedModel,
+    depths: Sequence[int],
+    *,
+    kv_policy: str = "fitted",
+    is_identity: bool = False,
+    bias: float = 0.0,
+) -> Routers:
+    """Routers of random weights (exit heads are identities with ``is_identity``); ``bias`` moves all gate logits."""
+    config = model.model.config.get_text_config()
+    shapes = _kv_shapes(model.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        boundaries = []
+        for depth in depths:
+            head = ExitHead(config.hidden_size)
+            if is_identity:
+                head.up.weight.data.copy_(torch.eye(config.hidden_size))
+                head.up.bias.data.zero_()
+            gate, prefill_gate = Gate(config.hidden_size, 16), Gate(config.hidden_size, 16)
+            gate.offset.fill_(bias)
+            boundary = Boundary(depth, head, gate, KVHead(config.hidden_size, shapes[depth:]), prefill_gate)
+            boundary.thresholds = {"0.01": 0.9, "0.02": 0.5}
+            boundary.score_quantiles = tuple(i / 100 for i in range(101))
+            boundary.prefill_quantiles = tuple(i / 100 for i in range(101))
+            boundaries.append(boundary)
+    fingerprint = fingerprint_of(
+        model, kv_policy=kv_policy, num_layers=config.num_hidden_layers, hidden_size=config.hidden_size
+    )
+    return Routers(boundaries, as_facts(fingerprint, label="test", shapes=shapes, training={}))
+
+
+def _kv_shapes(model: PreTrainedModel) -> list[KVShape]:
+    from tide_ray.models.adapter import Adapter
+
+    return Adapter(model).kv_shapes
+
+
+class FixedPlanner(LaunchPlanner):
+    """Every boundary on, with given holds."""
+
+    def __init__(self, num_boundaries: int, holds: Sequence[int] | None = None) -> None:
+        super().__init__(None, [0.5] * num_boundaries, always=True)
+        self.current = LaunchPlan((True,) * num_boundaries, tuple(holds or (1,) * num_boundaries), 0.0)
+
+
+def forced_engine(
+    model: PreTrainedModel,
+    depths: Sequence[int],
+    shares: Sequence[float],
+    *,
+    kv_policy: str = "fitted",
+    holds: Sequence[int] | None = None,
+    is_identity: bool = False,
+    **config: Any,
+) -> TideEngine:
+    """An engine in which a seeded random share of tokens exits at each boundary."""
+    wrapped = loaded(model)
+    routers = make_routers(wrapped, depths, kv_policy=kv_policy, is_identity=is_identity)
+    values = {"dtype": "float32", "device": "cpu", "page_size": 4, "max_model_len": 96, "max_num_seqs": 4, **config}
+    engine = TideEngine(wrapped, EngineConfig(**values), routers)
+    assert engine.runner.exits is not None
+    engine.runner.exits.policy = ForcedExits(shares, seed=5)
+    engine.runner.planner = FixedPlanner(len(depths), holds)
+    return engine

@@ -1,0 +1,90 @@
+"""Which boundaries pay and how long survivors wait, from cost curves with known answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tide_ray.engine.cost_model import FREE, CostCurve, EngineCosts, best_plan, expected_rate
+from tide_ray.engine.planner import WARM_ROWS, LaunchPlanner
+
+
+def line(fixed: float, per_row: float) -> CostCurve:
+    return CostCurve((1, 1000), (fixed + per_row, fixed + 1000 * per_row))
+
+
+def costs(*stages: CostCurve, gate: CostCurve = FREE, leaving: CostCurve = FREE) -> EngineCosts:
+    num = len(stages) - 1
+    return EngineCosts(stages, (gate,) * num, (leaving,) * num, FREE)
+
+
+def test_a_curve_is_linear_between_and_beyond_its_points_and_flat_below() -> None:
+    curve = CostCurve((1, 8, 64), (1.0, 2.0, 9.0))
+    assert curve(0) == 0
+    assert curve(0.5) == 1.0
+    assert curve(4.5) == pytest.approx(1.5)
+    assert curve(64) == 9.0
+    assert curve(128) == pytest.approx(17.0)
+
+
+@pytest.mark.parametrize("hold", [1, 2, 5])
+def test_the_rate_is_the_closed_form_of_two_stages(hold: int) -> None:
+    """cost per token = (w_A + w_B / k) (p + k (1 - p)) / R + c_A + (1 - p) c_B."""
+    w_a, c_a, w_b, c_b, p, residents = 3.0, 0.02, 5.0, 0.07, 0.6, 128
+    rate = expected_rate(costs(line(w_a, c_a), line(w_b, c_b)), residents, [p], [True], [hold])
+    cost = (w_a + w_b / hold) * (p + hold * (1 - p)) / residents + c_a + (1 - p) * c_b
+    assert 1 / rate == pytest.approx(cost)
+
+
+@pytest.mark.parametrize(("share", "w_a", "w_b"), [(0.9, 1.0, 4.0), (0.5, 1.0, 1.0), (0.8, 2.0, 9.0)])
+def test_the_hold_is_the_square_root_rule(share: float, w_a: float, w_b: float) -> None:
+    plan = best_plan(costs(line(w_a, 0.001), line(w_b, 0.001)), 256, [share])
+    assert plan.is_on == (True,)
+    assert abs(plan.holds[0] - math.sqrt(share * w_b / ((1 - share) * w_a))) <= 1
+
+
+def test_a_boundary_is_off_where_asking_costs_more_than_exits_save() -> None:
+    stages = line(1.0, 0.001), line(1.0, 0.001)
+    assert best_plan(costs(*stages, gate=line(0.3, 0.0)), 8, [0.1]).is_on == (False,)
+    assert best_plan(costs(*stages), 256, [0.0]).is_on == (False,)
+    assert best_plan(costs(line(0.1, 0.01), line(0.1, 0.01), gate=line(0.01, 0.0)), 256, [0.5]).is_on == (True,)
+
+
+def test_only_the_boundary_that_pays_is_on() -> None:
+    stages = line(0.01, 0.01), line(0.01, 0.0001), line(0.01, 0.02)
+    plan = best_plan(costs(*stages, gate=line(0.02, 0.0)), 64, [0.02, 0.5])
+    assert plan.is_on == (False, True)
+
+
+def test_the_bound_is_no_worse_than_the_plan_with_overheads() -> None:
+    measured = costs(line(1.0, 0.01), line(1.0, 0.01), gate=line(0.05, 0.0001), leaving=line(0.02, 0.001))
+    for residents in (1, 8, 64, 256):
+        assert (
+            best_plan(measured.without_overheads(), residents, [0.5]).rate >= best_plan(measured, residents, [0.5]).rate
+        )
+
+
+def test_observed_exits_replace_the_calibrated_share_and_switch_a_boundary_off_and_on() -> None:
+    measured = costs(line(0.1, 0.01), line(0.1, 0.01), gate=line(0.05, 0.0))
+    planner = LaunchPlanner(measured, [0.5])
+    assert planner.plan(64).exits
+    for _ in range(100):
+        planner.observe(0, WARM_ROWS, 0)
+    assert not planner.plan(64).exits
+    for _ in range(100):
+        planner.observe(0, WARM_ROWS, WARM_ROWS // 2)
+    assert planner.plan(64).exits
+    assert planner.num_switches == 2
+
+
+def test_survivors_wait_for_as_many_launches_as_the_plan_says() -> None:
+    planner = LaunchPlanner(None, [0.5])
+    planner.current = best_plan(costs(line(1.0, 0.001), line(9.0, 0.001)), 256, [0.5])
+    assert planner.current.holds == (3,)
+    launches = []
+    for _ in range(7):
+        launches.append(planner.should_launch(1, 5))
+        if launches[-1]:
+            planner.launched(1)
+    assert launches == [False, False, True, False, False, True, False]

@@ -1,0 +1,131 @@
+"""What a launch costs, and from that: which boundaries pay, and how long survivors should wait at one.
+
+A stage's launch of n rows costs t(n), measured. With R residents of which a share exits at each boundary, the rows
+that wait at a boundary are missing from the stages before it, so waiting pays only where most rows exit or the stage
+before is short. ``best_plan`` compares the expected rates of all choices; with no boundary on, the engine is the
+full-depth engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_HOLD = 8
+MIN_GAIN = 1.01
+"""A boundary is used only when the model promises this much over leaving it off; measured curves are not exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Seconds of a launch by its number of rows: linear between the measured points and beyond the last."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, num_rows: float) -> float:
+        if num_rows <= 0:
+            return 0.0
+        if num_rows <= self.rows[0]:
+            return self.seconds[0]
+        right = min(bisect_left(self.rows, num_rows), len(self.rows) - 1)
+        left = right - 1
+        slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
+        return self.seconds[left] + slope * (num_rows - self.rows[left])
+
+
+FREE = CostCurve((0, 1), (0.0, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCosts:
+    """Measured curves: every stage; for every boundary the gate with the split of rows, and what an exit adds (exit
+    head, K/V of the skipped layers) by the number of exiting rows; the LM head with the choice of tokens."""
+
+    stages: tuple[CostCurve, ...]
+    gates: tuple[CostCurve, ...]
+    exits: tuple[CostCurve, ...]
+    head: CostCurve
+
+    def without_overheads(self) -> EngineCosts:
+        """Gates and exits for nothing: what bounds any engine with these stages."""
+        nothing = tuple(FREE for _ in self.gates)
+        return EngineCosts(self.stages, nothing, nothing, self.head)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """``is_on``: which boundaries let rows exit. ``holds``: launches of the stage before for one of the stage behind
+    it, 1 meaning that survivors go on at once. ``rate``: expected tokens per second."""
+
+    is_on: tuple[bool, ...]
+    holds: tuple[int, ...]
+    rate: float
+
+    @property
+    def exits(self) -> bool:
+        return any(self.is_on)
+
+
+def expected_rate(
+    costs: EngineCosts, residents: int, shares: Sequence[float], is_on: Sequence[bool], holds: Sequence[int]
+) -> float:
+    """Tokens per second in the steady state.
+
+    Args:
+        residents: sequences that decode.
+        shares: of the rows that reach each boundary, the share that exits there when it is on.
+        is_on, holds: as in LaunchPlan.
+
+    With n rows in a launch of stage 0, reach q_s of them at stage s and one launch of stage s for every K_s of stage 0,
+    residents are n (1 + sum_s (K_s - K_(s-1)) q_s): those in flight and those that wait. A launch that no row would
+    reach does not happen, which matters where few rows decode: the others get what is left of the rows.
+    """
+    reach, every = [1.0], [1]
+    for share, on, hold in zip(shares, is_on, holds, strict=True):
+        reach.append(reach[-1] * (1 - share) if on else reach[-1])
+        every.append(every[-1] * hold if on else every[-1])
+    in_flight = 1.0 + sum((every[s] - every[s - 1]) * reach[s] for s in range(1, len(every)))
+    rows = residents / in_flight
+    seconds = costs.head(rows)
+    for s, stage in enumerate(costs.stages):
+        launched = every[s] * reach[s] * rows
+        happens = 1 - (1 - reach[s]) ** (every[s] * rows)
+        if not happens:
+            continue
+        seconds += stage(launched / happens) * happens / every[s]
+        if s < len(is_on) and is_on[s]:
+            asks = costs.gates[s](launched / happens) * happens
+            leaves = 1 - (1 - shares[s]) ** launched
+            exits = costs.exits[s](launched * shares[s] / leaves) * leaves if leaves else 0.0
+            seconds += (asks + exits) / every[s]
+    return rows / seconds
+
+
+def best_plan(
+    costs: EngineCosts,
+    residents: int,
+    shares: Sequence[float],
+    *,
+    min_gain: float = MIN_GAIN,
+    must_be_on: bool = False,
+) -> LaunchPlan:
+    """The plan of the highest expected rate; all boundaries off unless one promises ``min_gain``.
+
+    ``must_be_on``: only plans with every boundary on are compared.
+    """
+    num = len(shares)
+    off = (False,) * num, (1,) * num
+    best = LaunchPlan(*off, expected_rate(costs, residents, shares, *off))
+    needed = best.rate * min_gain
+    if must_be_on:
+        best = LaunchPlan((True,) * num, (1,) * num, 0.0)
+    for is_on in [(True,) * num] if must_be_on else itertools.product((False, True), repeat=num):
+        choices = [range(1, MAX_HOLD + 1) if on else (1,) for on in is_on]
+        for holds in itertools.product(*choices):
+            rate = expected_rate(costs, residents, shares, is_on, holds)
+            if rate > max(best.rate, needed):
+                best = LaunchPlan(tuple(is_on), tuple(holds), rate)
+    return best

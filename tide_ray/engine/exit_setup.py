@@ -1,0 +1,163 @@
+"""From a router checkpoint and the configuration to what the engine runs: boundaries, policy, rules for a request."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tide_ray.config import DEFAULT_EXIT_ERROR, EngineConfig
+from tide_ray.engine.boundaries import BoundaryExits
+from tide_ray.engine.kv_cache import KVCache
+from tide_ray.engine.kv_fill import KVFill
+from tide_ray.engine.measure import measure_costs
+from tide_ray.engine.planner import LaunchPlanner
+from tide_ray.engine.runner import Runner
+from tide_ray.engine.sequence import ExitRules
+from tide_ray.exits.checkpoint import Boundary, Routers, fingerprint_of
+from tide_ray.exits.gates import Gate
+from tide_ray.exits.policies import CapacityExits, ExitPolicy, ScoredExits, Scorer
+from tide_ray.exits.readouts import for_inference, gate_for_inference
+from tide_ray.exits.rotary import find_rotary
+from tide_ray.models.adapter import Adapter
+from tide_ray.models.load import LoadedModel
+from tide_ray.types import EngineStats, SamplingParams, UserError
+
+NEVER = math.inf
+
+
+def load_routers(config: EngineConfig, model: LoadedModel, adapter: Adapter) -> Routers | None:
+    """The checkpoint that ``config`` names, ready for inference; None when it names none.
+
+    Raises:
+        UserError: it is damaged, or was made for something else.
+    """
+    if config.exits is None:
+        return None
+    routers = Routers.load(config.exits)
+    routers.check_made_for(
+        fingerprint_of(
+            model,
+            kv_policy=config.kv_policy or routers.facts.kv_policy,
+            num_layers=adapter.num_layers,
+            hidden_size=adapter.config.hidden_size,
+        )
+    )
+    return routers
+
+
+def install_exits(config: EngineConfig, routers: Routers, runner: Runner, max_num_seqs: int) -> None:
+    """Give the runner its boundaries, and a planner with the costs of this machine.
+
+    Raises:
+        UserError: the checkpoint lacks something that the configuration asks for.
+    """
+    exits = build_exits(config, routers, runner.adapter, runner.pools, runner.stats)
+    rules = exit_rules(config, routers, SamplingParams())
+    shares = [b.exit_share(t) for b, t in zip(routers.boundaries, rules.thresholds, strict=True)]
+    if config.capacity is not None:
+        shares = [1 - config.capacity] * len(shares)
+    # Where states are only selected every layer runs, so no plan could save anything.
+    costs = None if exits.kv_policy == "full" else measure_costs(runner, exits, max_num_seqs)
+    runner.exits = exits
+    runner.planner = LaunchPlanner(costs, shares, always=config.exits_when == "always")
+
+
+def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner) -> dict[str, Any] | None:
+    """Facts for run records: the checkpoint, the settings, and what the planner makes of them now."""
+    exits, planner = runner.exits, runner.planner
+    if routers is None or exits is None or planner is None:
+        return None
+    thresholds = exit_rules(config, routers, SamplingParams()).thresholds
+    return {
+        "routers": routers.identity,
+        "boundaries": list(routers.depths),
+        "thresholds": [None if math.isinf(threshold) else threshold for threshold in thresholds],
+        "kv_policy": exits.kv_policy,
+        "prefill_thresholds": exits.prefill_thresholds,
+        "exits_when": config.exits_when,
+        "exit_shares": [round(share, 4) for share in planner.shares],
+        "boundaries_on": list(planner.current.is_on),
+        "holds": list(planner.current.holds),
+        "switches": planner.num_switches,
+    }
+
+
+def build_exits(
+    config: EngineConfig, routers: Routers, adapter: Adapter, pools: KVCache, stats: EngineStats
+) -> BoundaryExits:
+    """Boundaries with the configured exit policy and KV policy.
+
+    Raises:
+        UserError: the checkpoint lacks something that the configuration asks for.
+    """
+    kv_policy = config.kv_policy or routers.facts.kv_policy
+    if config.resolved_policy == "posthoc":
+        kv_policy = "full"
+    for boundary in routers.boundaries:
+        for name, module in boundary.modules().items():
+            prepare = gate_for_inference if isinstance(module, Gate) else for_inference
+            ready = prepare(module, adapter.device, adapter.dtype)  # type: ignore[arg-type]
+            setattr(boundary, name, ready)
+    kinds = find_rotary(adapter)
+    has_fitted = kinds is not None and all(boundary.kv_head is not None for boundary in routers.boundaries)
+    if kv_policy == "fitted" and not has_fitted:
+        raise UserError("kv_policy: this checkpoint has no KV heads for this model, got 'fitted'")
+    prefill: list[float | None] = [None] * len(routers.boundaries)
+    if config.prefill_share is not None:
+        first = routers.boundaries[0]
+        if first.prefill_gate is None or not first.prefill_quantiles or not has_fitted:
+            raise UserError(f"prefill_share: this checkpoint has no prefill gate, got {config.prefill_share!r}")
+        prefill[0] = first.prefill_threshold(config.prefill_share)
+    return BoundaryExits(
+        routers.boundaries,
+        _policy(config, routers.boundaries, adapter),
+        KVFill(adapter, pools, routers.boundaries, kinds if has_fitted else None),
+        stats,
+        kv_policy=kv_policy,
+        prefill_thresholds=prefill,
+    )
+
+
+def _policy(config: EngineConfig, boundaries: list[Boundary], adapter: Adapter) -> ExitPolicy:
+    scorer = Scorer(boundaries, adapter.final_norm, adapter.head, config.confidence_measure)
+    return ScoredExits(scorer) if config.capacity is None else CapacityExits(scorer, config.capacity)
+
+
+def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingParams) -> ExitRules:
+    """When the tokens of a request may exit: the engine's settings with the request's own over them.
+
+    Raises:
+        UserError: the request asks for what this engine does not have.
+    """
+    if routers is None:
+        for name in ("exit_threshold", "exit_min_depth", "exit_policy"):
+            value = getattr(params, name)
+            if value is not None and (name, value) != ("exit_policy", "full"):
+                raise UserError(f"{name} needs an engine with exits (a router checkpoint), got {value!r}")
+        return ExitRules()
+    policy = params.exit_policy or ("router" if config.policy == "auto" else config.policy)
+    min_depth = config.exit_min_depth if params.exit_min_depth is None else params.exit_min_depth
+    given = config.exit_threshold if params.exit_threshold is None else params.exit_threshold
+    if policy == "confidence" and given is None:
+        raise UserError("exit_policy 'confidence' needs exit_threshold, got none")
+    thresholds = []
+    for boundary in routers.boundaries:
+        if policy == "full" or boundary.depth < min_depth:
+            thresholds.append(NEVER)
+        else:
+            thresholds.append(calibrated_threshold(boundary, config.exit_error) if given is None else given)
+    return ExitRules(tuple(thresholds), "confidence" if policy == "confidence" else "router")
+
+
+def calibrated_threshold(boundary: Boundary, error: float | None) -> float:
+    """The checkpoint's threshold for an error level.
+
+    Raises:
+        UserError: the level was not calibrated.
+    """
+    level = DEFAULT_EXIT_ERROR if error is None else error
+    for name, threshold in boundary.thresholds.items():
+        if math.isclose(float(name), level):
+            return threshold
+    known = ", ".join(boundary.thresholds) or "none"
+    raise UserError(f"exit_error must be a calibrated level ({known}), got {level!r}")

@@ -1,0 +1,112 @@
+"""Measures what launches cost on this machine, at start-up: rows that decode over K/V of a typical length."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from tide_ray.engine.boundaries import BoundaryExits
+from tide_ray.engine.cost_model import CostCurve, EngineCosts
+from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, build_rows
+from tide_ray.engine.runner import Runner
+from tide_ray.engine.stages import Stage
+from tide_ray.exits.policies import Candidates
+from tide_ray.exits.readouts import unit_rms
+from tide_ray.models.adapter import LayerCall
+
+SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+REPEATS = 3
+CONTEXT = 192
+"""Tokens that each row attends to while measuring."""
+
+
+@torch.inference_mode()
+def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, context: int = CONTEXT) -> EngineCosts:
+    """Time every stage, gate, exit and the head at up to ``max_residents`` rows. Takes a few seconds on a CPU.
+
+    Writes K/V into free pages; call it before anything is resident.
+    """
+    sizes = (*(size for size in SIZES if size < max_residents), max_residents)
+    stages: list[list[float]] = [[] for _ in runner.stages]
+    gates: list[list[float]] = [[] for _ in exits.boundaries]
+    leaving: list[list[float]] = [[] for _ in exits.boundaries]
+    head: list[float] = []
+    for size in sizes:
+        rows, cache, hidden, calls = _launch_of(runner, size, context)
+        for number, stage in enumerate(runner.stages):
+            stages[number].append(_median(runner, partial(_run, runner, stage, hidden, calls, cache)))
+        # In a step the stages' weights pass through the caches between two uses of what is small, so here they do too.
+        _, one_cache, one_row, one_calls = _launch_of(runner, 1, context)
+        between = partial(_run, runner, max(runner.stages, key=lambda s: len(s.layers)), one_row, one_calls, one_cache)
+        for number in range(len(exits.boundaries)):
+            gates[number].append(_median(runner, partial(_gate, runner, exits, number, hidden[0], context), between))
+            leaving[number].append(_median(runner, partial(_exit, exits, number, hidden[0], rows, calls), between))
+        head.append(_median(runner, partial(_head, runner, hidden), between))
+    return EngineCosts(
+        stages=tuple(CostCurve(sizes, tuple(seconds)) for seconds in stages),
+        gates=tuple(CostCurve(sizes, tuple(seconds)) for seconds in gates),
+        exits=tuple(CostCurve(sizes, tuple(seconds)) for seconds in leaving),
+        head=CostCurve(sizes, tuple(head)),
+    )
+
+
+def _launch_of(runner: Runner, size: int, context: int) -> tuple[RowBatch, LaunchCache, torch.Tensor, list[LayerCall]]:
+    """``size`` decode rows, each over pages of its own as far as there are enough."""
+    pools = runner.pools
+    context = min(context, pools.num_pages * pools.page_size)
+    pages_each = -(-context // pools.page_size)
+    spans = [
+        RowSpan.run([1], context - 1, (np.arange(pages_each) + row * pages_each) % pools.num_pages, is_decode=True)
+        for row in range(size)
+    ]
+    rows = build_rows(spans, pools.page_size, runner.adapter.device)
+    cache = LaunchCache(pools, rows)
+    hidden, calls = runner.adapter.prologue(rows.token_ids, rows.positions, cache)
+    return rows, cache, hidden, calls
+
+
+def _run(runner: Runner, stage: Stage, hidden: torch.Tensor, calls: list[LayerCall], cache: LaunchCache) -> None:
+    stage.run(runner.adapter, hidden, calls, cache, [0] * runner.adapter.num_layers)
+
+
+def _gate(runner: Runner, exits: BoundaryExits, number: int, hidden: torch.Tensor, context: int) -> None:
+    """Asking a boundary, and making the launch of the rows that go on."""
+    states, size = unit_rms(hidden), len(hidden)
+    rows = Candidates(number, states, np.full(size, 2.0), ["router"] * size, [(0, 0)] * size)
+    exits.policy.decide(rows)
+    _launch_of(runner, size, context)
+
+
+def _exit(exits: BoundaryExits, number: int, hidden: torch.Tensor, rows: RowBatch, calls: list[LayerCall]) -> None:
+    index = torch.arange(len(hidden), device=hidden.device)
+    states = unit_rms(hidden)
+    exits.boundaries[number].head(states)
+    if exits.kv_policy == "fitted":
+        exits.fill.fitted(number, states, rows, index, calls)
+    elif exits.kv_policy == "copy":
+        exits.fill.copied(number, hidden, rows, index)
+
+
+def _head(runner: Runner, hidden: torch.Tensor) -> None:
+    runner.adapter.head(runner.adapter.final_norm(hidden)).argmax(-1)
+
+
+def _median(runner: Runner, work: Callable[[], object], between: Callable[[], object] = lambda: None) -> float:
+    """Median seconds of a few calls after one that warms up; ``between`` runs before each and is not counted."""
+    is_cuda = runner.adapter.device.type == "cuda"
+    seconds = []
+    for _ in range(REPEATS + 1):
+        between()
+        if is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,88 @@
+"""Chooses, from measured costs and the exits seen so far, which boundaries are on and how long survivors wait.
+
+The choice is made anew as the number of residents and the share of exits change. A boundary that is off is asked now
+and then without letting anything stop, so that it can come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan
+
+PROBE_EVERY = 64
+SMOOTHING = 0.1
+WARM_ROWS = 32
+"""Rows to see at a boundary before its observed share of exits replaces the calibrated one."""
+
+
+class LaunchPlanner:
+    """One plan for each step.
+
+    Args:
+        costs: measured; None: every boundary is on and survivors go on at once.
+        shares: of the rows that reach each boundary, the share expected to exit (from calibration).
+        always: keep every boundary on, whether it pays or not.
+    """
+
+    def __init__(self, costs: EngineCosts | None, shares: Sequence[float], *, always: bool = False) -> None:
+        self.costs = costs
+        self.shares = list(shares)
+        self.always = always or costs is None
+        self._seen = [0] * len(shares)
+        self._since = [0] * (len(shares) + 1)  # launches of the stage before, since each stage's last launch
+        self._steps = 0
+        self._plans: dict[tuple[int, ...], LaunchPlan] = {}
+        self.current = LaunchPlan((True,) * len(shares), (1,) * len(shares), 0.0)
+        self.num_switches = 0
+
+    def plan(self, residents: int) -> LaunchPlan:
+        """The plan for a step with this many decoding sequences."""
+        self._steps += 1
+        if self.costs is None or residents == 0:
+            return self.current
+        rounded = [round(share * 50) for share in self.shares]
+        key = (_bucket(residents), *rounded)
+        if key not in self._plans:
+            self._plans[key] = self._choose(key[0], [share / 50 for share in rounded])
+        chosen = self._plans[key]
+        self.num_switches += chosen.is_on != self.current.is_on
+        self.current = chosen
+        return chosen
+
+    def _choose(self, residents: int, shares: Sequence[float]) -> LaunchPlan:
+        assert self.costs is not None
+        if self.always:
+            return best_plan(self.costs, residents, shares, min_gain=0.0, must_be_on=True)
+        return best_plan(self.costs, residents, shares)
+
+    @property
+    def probes(self) -> bool:
+        """Whether this step asks the boundaries that are off as well."""
+        return self._steps % PROBE_EVERY == 1
+
+    def observe(self, boundary: int, num_asked: int, num_stopped: int) -> None:
+        """Note what a boundary's policy said."""
+        if not num_asked:
+            return
+        self._seen[boundary] += num_asked
+        if self._seen[boundary] < WARM_ROWS:
+            return
+        weight = min(1.0, SMOOTHING * num_asked / 32)
+        self.shares[boundary] += weight * (num_stopped / num_asked - self.shares[boundary])
+
+    def should_launch(self, stage: int, num_ready: int) -> bool:
+        """Whether the rows ready for ``stage`` run now (True) or wait for more."""
+        self._since[stage] += 1
+        return num_ready > 0 and self._since[stage] >= self.current.holds[stage - 1]
+
+    def launched(self, stage: int) -> None:
+        self._since[stage] = 0
+
+
+def _bucket(residents: int) -> int:
+    """Residents rounded so that plans are few: exact to 8, then in eighths of a power of two."""
+    if residents <= 8:
+        return residents
+    step = 1 << (residents.bit_length() - 4)
+    return residents // step * step
