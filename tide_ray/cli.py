@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import BaseModel
 
+from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
 from tide_ray.types import UserError
 
@@ -43,9 +45,9 @@ def _root(
     """Distributed batch inference on Ray: prompts in, Parquet with a depth and a time for every token out."""
 
 
-def _flag(field: str, hint: str = "") -> Any:
-    """An option for a field of GenerateJobConfig, with the field's own description and default in its help."""
-    info = GenerateJobConfig.model_fields[field]
+def _flag(field: str, hint: str = "", config: type[BaseModel] = GenerateJobConfig) -> Any:
+    """An option for a field of a job's configuration, with the field's own description and default in its help."""
+    info = config.model_fields[field]
     default = info.get_default(call_default_factory=True)
     shown = "" if default is None or default == [] or isinstance(default, bool) else f" [{default}]"
     return typer.Option(help=f"{info.description}{hint}{shown}")
@@ -90,6 +92,16 @@ def generate(
     max_model_len: Annotated[int | None, _flag("max_model_len")] = None,
     max_num_batched_tokens: Annotated[int | None, _flag("max_num_batched_tokens")] = None,
     policy: Annotated[str | None, _flag("policy")] = None,
+    exits: Annotated[str | None, _flag("exits")] = None,
+    exit_threshold: Annotated[float | None, _flag("exit_threshold")] = None,
+    exit_error: Annotated[float | None, _flag("exit_error")] = None,
+    exit_min_depth: Annotated[int | None, _flag("exit_min_depth")] = None,
+    exits_when: Annotated[str | None, _flag("exits_when")] = None,
+    confidence_measure: Annotated[str | None, _flag("confidence_measure")] = None,
+    capacity: Annotated[float | None, _flag("capacity")] = None,
+    kv_policy: Annotated[str | None, _flag("kv_policy")] = None,
+    prefill_share: Annotated[float | None, _flag("prefill_share")] = None,
+    prefill_tail: Annotated[int | None, _flag("prefill_tail")] = None,
     exit_layer: Annotated[int | None, _flag("exit_layer")] = None,
     skip_layers: Annotated[str | None, _flag("skip_layers", _COMMAS)] = None,
     static_cost: Annotated[float | None, _flag("static_cost")] = None,
@@ -122,7 +134,7 @@ def _run(given: dict[str, Any]) -> int:
     if "keep_columns" in given and given["keep_columns"] != "all":
         given["keep_columns"] = _split(given["keep_columns"])
     if "skip_layers" in given:
-        given["skip_layers"] = [_layer(text) for text in _split(given["skip_layers"])]
+        given["skip_layers"] = [_number("skip_layers", text) for text in _split(given["skip_layers"])]
     settings = GenerateJobConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
 
     from tide_ray.data.job import run_generate
@@ -134,13 +146,58 @@ def _run(given: dict[str, Any]) -> int:
         _fail(error, EXIT_FAILED)
 
 
+def _calibration_flag(field: str, hint: str = "") -> Any:
+    return _flag(field, hint, CalibrationConfig)
+
+
+@app.command()
+def calibrate(
+    config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win")] = None,
+    model: Annotated[str | None, _calibration_flag("model")] = None,
+    revision: Annotated[str | None, _calibration_flag("revision")] = None,
+    prompts: Annotated[list[str] | None, _calibration_flag("prompts", _REPEAT)] = None,
+    text: Annotated[str | None, _calibration_flag("text")] = None,
+    prompt_column: Annotated[str | None, _calibration_flag("prompt_column")] = None,
+    num_prompts: Annotated[int | None, _calibration_flag("num_prompts")] = None,
+    raw: Annotated[bool | None, _calibration_flag("raw")] = None,
+    output: Annotated[str | None, _calibration_flag("output")] = None,
+    boundaries: Annotated[str | None, _calibration_flag("boundaries", _COMMAS)] = None,
+    max_tokens: Annotated[int | None, _calibration_flag("max_tokens")] = None,
+    kv_policy: Annotated[str | None, _calibration_flag("kv_policy")] = None,
+    rank: Annotated[int | None, _calibration_flag("rank")] = None,
+    refine: Annotated[bool | None, _calibration_flag("refine")] = None,
+    shortlist: Annotated[int | None, _calibration_flag("shortlist")] = None,
+    bottleneck: Annotated[int | None, _calibration_flag("bottleneck")] = None,
+    seed: Annotated[int | None, _calibration_flag("seed")] = None,
+    dtype: Annotated[str | None, _calibration_flag("dtype")] = None,
+    device: Annotated[str | None, _calibration_flag("device")] = None,
+    trust_remote_code: Annotated[bool | None, _calibration_flag("trust_remote_code")] = None,
+    num_threads: Annotated[int | None, _calibration_flag("num_threads")] = None,
+) -> None:
+    """Calibrate routers for a model on its own answers, and write a router checkpoint for ``generate --exits``."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    try:
+        path = given.pop("config", None)
+        if "boundaries" in given:
+            given["boundaries"] = [_number("boundaries", text) for text in _split(given["boundaries"])]
+        settings = CalibrationConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
+
+        from tide_ray.calibrate.job import run_calibrate
+
+        run_calibrate(settings)
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+
+
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _layer(text: str) -> int:
+def _number(name: str, text: str) -> int:
     if not text.isdigit():
-        raise UserError(f"skip_layers must be layer numbers separated by commas, got {text!r}")
+        raise UserError(f"{name} must be layer numbers separated by commas, got {text!r}")
     return int(text)
 
 

@@ -49,8 +49,11 @@ def assert_refused(result: Result, *parts: str) -> None:
         (["--dtype", "int3"], "dtype must be one of auto, float32, bfloat16, float16, got 'int3'"),
         (["--device", "tpu"], "device: "),
         (["--policy", "static"], "policy 'static' needs exactly one of exit_layer, skip_layers, static_cost"),
-        (["--exit-layer", "3"], "exit_layer needs policy 'static', got policy 'full'"),
-        (["--policy", "magic"], "policy must be one of full, static, got 'magic'"),
+        (["--exit-layer", "3"], "exit_layer needs policy 'static', got policy 'auto'"),
+        (
+            ["--policy", "magic"],
+            "policy must be one of auto, full, static, router, confidence, capacity, posthoc, got 'magic'",
+        ),
         (
             ["--policy", "static", "--skip-layers", "1,x"],
             "skip_layers must be layer numbers separated by commas, got 'x'",

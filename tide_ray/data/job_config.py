@@ -21,8 +21,9 @@ SAMPLING_FIELDS = (
     "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed",
 )  # fmt: skip
 ENGINE_FIELDS = (
-    "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len",
-    "max_num_batched_tokens", "policy", "exit_layer", "skip_layers", "static_cost", "num_threads",
+    "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
+    "policy", "exits", "exit_threshold", "exit_error", "exit_min_depth", "exits_when", "confidence_measure", "capacity",
+    "kv_policy", "prefill_share", "prefill_tail", "exit_layer", "skip_layers", "static_cost", "num_threads",
 )  # fmt: skip
 
 
@@ -67,7 +68,21 @@ class GenerateJobConfig(BaseModel):
     max_num_seqs: int | None = Field(default=None, description="most resident sequences per actor")
     max_model_len: int | None = Field(default=None, description="most tokens of prompt plus answer")
     max_num_batched_tokens: int = Field(default=2048, description="most rows of one engine step")
-    policy: str = Field(default="full", description="full or static")
+    policy: str = Field(
+        default="auto", description="auto, full, static, or with exits: router, confidence, capacity, posthoc"
+    )
+    exits: str | None = Field(default=None, description="folder of a router checkpoint: tokens exit early")
+    exit_threshold: float | None = Field(default=None, description="score from which tokens exit, in [0, 1]")
+    exit_error: float | None = Field(
+        default=None, description="use the thresholds calibrated for this error among exits; default 0.02"
+    )
+    exit_min_depth: int = Field(default=0, description="tokens exit only after at least this many layers")
+    exits_when: str = Field(default="pays", description="pays: only where exits save time; always")
+    confidence_measure: str = Field(default="probability", description="probability, margin or entropy")
+    capacity: float | None = Field(default=None, description="policy capacity: share of rows that goes deeper")
+    kv_policy: str | None = Field(default=None, description="K/V of skipped layers: fitted, copy or deferred")
+    prefill_share: float | None = Field(default=None, description="share of prompt tokens that stop early, in (0, 1]")
+    prefill_tail: int = Field(default=32, description="last prompt tokens that always run every layer")
     exit_layer: int | None = Field(default=None, description="static: every token stops at this depth")
     skip_layers: list[int] = Field(default_factory=list, description="static: layers that no token runs")
     static_cost: float | None = Field(default=None, description="static: share of layers to keep, in (0, 1]")
@@ -90,7 +105,7 @@ class GenerateJobConfig(BaseModel):
         try:
             config = cls.model_validate(dict(values))
         except ValidationError as error:
-            raise UserError(_first_problem(error)) from None
+            raise UserError(first_problem(error, cls)) from None
         config.sampling_params()
         config.engine_config()
         if config.raw and config.system_prompt is not None:
@@ -136,11 +151,12 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
     return values
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """What pydantic found first, in one line that names the field and the value."""
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else "config"
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(GenerateJobConfig.model_fields)
+        known = ", ".join(model.model_fields)
         return f"config: unknown field {name!r}; known: {known}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{name}: {message}, got {problem['input']!r}"

@@ -15,8 +15,14 @@ from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.prompts import non_default_params
 from tide_ray.data.schema import SCHEMA_VERSION
 from tide_ray.data.snapshot import Snapshot
+from tide_ray.exits.checkpoint import routers_identity
 
 REPORTED_PACKAGES = ("tide-ray", "torch", "transformers", "ray", "pyarrow")
+
+EXIT_FIELDS = (
+    "exit_threshold", "exit_error", "exit_min_depth", "exits_when", "confidence_measure", "capacity", "kv_policy",
+    "prefill_share", "prefill_tail",
+)  # fmt: skip
 
 
 def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapshot) -> dict[str, Any]:
@@ -28,7 +34,9 @@ def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapsho
         "model_identity": model_identity,
         "revision": config.revision,
         "dtype": config.dtype,
-        "policy": config.policy,
+        "policy": config.engine_config().resolved_policy,
+        "exits": routers_identity(config.exits) if config.exits else None,
+        **{name: getattr(config, name) for name in EXIT_FIELDS},
         "exit_layer": config.exit_layer,
         "skip_layers": config.skip_layers,
         "static_cost": config.static_cost,

@@ -1,0 +1,10 @@
+"""Entry point for ``ray job submit -- python jobs/calibrate.py [flags of tide-ray calibrate]``; see ``--help``."""
+
+from __future__ import annotations
+
+import sys
+
+from tide_ray.cli import app
+
+if __name__ == "__main__":
+    app(["calibrate", *sys.argv[1:]])

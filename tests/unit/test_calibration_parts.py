@@ -1,0 +1,146 @@
+"""The parts of a calibration against answers that are known: ridge, gates, thresholds, sampling, boundaries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tide_ray import UserError
+from tide_ray.calibrate.calibrate import candidate_depths
+from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.corpus import Example, split
+from tide_ray.calibrate.gate_training import (
+    auc,
+    calibrate_scores,
+    calibration_error,
+    threshold_at,
+    train_gate,
+)
+from tide_ray.calibrate.reservoir import Reservoir
+from tide_ray.calibrate.ridge import Sums, fit, low_rank
+
+
+def planted(num_rows: int, seed: int, noise: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    truth = torch.Generator().manual_seed(0)
+    weights, bias = torch.randn(6, 4, generator=truth), torch.randn(4, generator=truth)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, 6, generator=generator)
+    return x, x @ weights + bias + noise * torch.randn(num_rows, 4, generator=generator)
+
+
+def test_ridge_finds_a_planted_map_and_states_its_error_on_held_out_rows() -> None:
+    train, held = Sums.zeros(6, 4), Sums.zeros(6, 4)
+    train.add(*planted(2000, 1))
+    held.add(*planted(500, 2))
+    weights, _, error = fit(train, held)
+    x, y = planted(300, 3, noise=0.0)
+    predicted = torch.cat((x, torch.ones(300, 1)), dim=1).double() @ weights
+    assert float((predicted - y).norm() / y.norm()) < 0.01
+    direct = float(
+        ((torch.cat((planted(500, 2)[0], torch.ones(500, 1)), 1).double() @ weights) - planted(500, 2)[1])
+        .square()
+        .sum()
+    )
+    assert error == pytest.approx(direct / float(planted(500, 2)[1].double().square().sum()), rel=1e-3)
+
+
+def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
+    x, y = planted(1000, 1)
+    whole, one, other = (Sums.zeros(6, 4) for _ in range(3))
+    whole.add(x, y)
+    one.add(x[:300], y[:300])
+    other.add(x[300:], y[300:])
+    one.merge(other)
+    torch.testing.assert_close(one.solve(1e-3), whole.solve(1e-3), rtol=1e-4, atol=1e-6)
+    assert one.num_rows == 1000
+
+
+def test_a_low_rank_map_of_full_rank_is_the_map_itself() -> None:
+    sums = Sums.zeros(6, 4)
+    sums.add(*planted(1000, 1))
+    weights = sums.solve(1e-4)
+    down, up = low_rank(sums, weights, 4)
+    torch.testing.assert_close(down @ up, weights[:-1])
+    down, up = low_rank(sums, weights, 2)
+    assert down.shape == (6, 2)
+    assert torch.linalg.matrix_rank(down @ up) == 2
+
+
+def test_a_gate_learns_a_separable_label_and_its_scores_become_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(4000, 16, generator=generator)
+    odds = 3 * states[:, 0]
+    labels = torch.rand(4000, generator=generator) < odds.sigmoid()
+    sequences = torch.arange(4000) // 40
+    gate = train_gate(states[:3000], labels[:3000], sequences[:3000], seed=0, bottleneck=16, is_balanced=True)
+    calibrate_scores(gate, gate(states[3000:3500]), labels[3000:3500])
+    scores = gate.scores(states[3500:]).numpy()
+    best_possible = auc(odds[3500:].numpy(), labels[3500:].numpy())
+    assert auc(scores, labels[3500:].numpy()) > best_possible - 0.06 > 0.75
+    assert calibration_error(scores, labels[3500:].numpy()) < 0.08
+
+
+def test_the_threshold_is_the_lowest_that_keeps_the_error() -> None:
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    labels = np.array([True, True, False, True, True])
+    assert threshold_at(scores, labels, 0.0) == 0.8
+    assert threshold_at(scores, labels, 0.2) == 0.5
+    assert threshold_at(scores, labels, 0.25) == 0.5
+    assert threshold_at(scores, ~labels, 0.0) == 2.0
+    # Rows of one score exit together: the wrong one among them counts.
+    assert threshold_at(np.array([0.9, 0.8, 0.8]), np.array([True, True, False]), 0.0) == 0.9
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 6, 60) / 6, rng.random(60) < 0.4
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in scores[labels] for b in scores[~labels]]
+    assert auc(scores, labels) == pytest.approx(np.mean(pairs))
+
+
+def test_a_reservoir_keeps_rows_of_a_long_stream_with_equal_chance_and_together() -> None:
+    counts = np.zeros(100)
+    for seed in range(300):
+        reservoir = Reservoir(10, seed)
+        for start in range(0, 100, 7):
+            rows = torch.arange(start, min(start + 7, 100))
+            reservoir.add(number=rows, double=2 * rows)
+        kept = reservoir.take("number")
+        assert len(kept.unique()) == 10
+        assert torch.equal(reservoir.take("double"), 2 * kept)
+        counts[kept.numpy()] += 1
+    assert counts.sum() == 3000
+    assert abs(counts[:10].mean() - 30) < 8
+    assert abs(counts[-10:].mean() - 30) < 8
+
+
+def test_splits_are_disjoint_and_whole() -> None:
+    examples = [Example([i], 0) for i in range(40)]
+    splits = split(examples, seed=1)
+    assert {name: len(part) for name, part in splits.items()} == {"fit": 20, "gate": 10, "calibrate": 5, "test": 5}
+    assert sorted(e.token_ids[0] for part in splits.values() for e in part) == list(range(40))
+    with pytest.raises(UserError, match="at least 16 answered prompts, got 3"):
+        split(examples[:3], seed=1)
+
+
+def test_candidate_depths_are_inside_the_model() -> None:
+    assert candidate_depths(30, []) == [12, 16, 20, 24, 26, 28]
+    assert candidate_depths(2, []) == [1]
+    assert candidate_depths(30, [20, 10, 20]) == [10, 20]
+    with pytest.raises(UserError, match="boundaries must be from 1 to 29, got 30"):
+        candidate_depths(30, [30])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompts": ["a"], "text": "b"}, "prompts or text, got both"),
+        ({"prompts": ["a"], "num_prompts": 3}, "num_prompts: .*got 3"),
+        ({"prompts": ["a"], "kv_policy": "zero"}, "kv_policy: .*got 'zero'"),
+        ({"prompts": ["a"], "boundary": [3]}, "unknown field 'boundary'"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CalibrationConfig.build(values)

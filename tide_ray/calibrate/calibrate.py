@@ -1,0 +1,225 @@
+"""Calibrates routers for one model: its own answers in, a router checkpoint and a table out.
+
+Three passes over disjoint prompts: ``fit`` gives exit heads and KV heads from streamed sums, ``gate`` trains the gates,
+``calibrate`` turns their scores into probabilities and thresholds; ``test`` is only measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.corpus import Example, Splits, answered, read_prompts, read_text, split
+from tide_ray.calibrate.fitting import Fitted, Fitter, Progress
+from tide_ray.calibrate.gate_training import calibrate_scores, threshold_at, train_gate
+from tide_ray.calibrate.judge import Judge, Judged
+from tide_ray.calibrate.measures import ERROR_LEVELS, depth_metrics, expected_saving
+from tide_ray.calibrate.sureness import Sureness
+from tide_ray.calibrate.trace import Tracer
+from tide_ray.config import EngineConfig
+from tide_ray.engine.engine import TideEngine
+from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, check_output_folder, fingerprint_of
+from tide_ray.exits.gates import Gate
+from tide_ray.exits.rotary import Rotary, find_rotary
+from tide_ray.models.load import load
+from tide_ray.types import UserError
+
+CANDIDATES = (0.4, 0.53, 0.67, 0.8, 0.87, 0.93)
+"""Depths compared, as shares of the model's layers."""
+MAX_BOUNDARIES = 2
+LABEL = "top-1 equals full depth's, here and at every later candidate"
+
+
+class Calibration:
+    """One calibration run.
+
+    Args:
+        engine: of the model to calibrate, without exits.
+        depths: candidate boundaries, rising.
+    """
+
+    def __init__(
+        self, engine: TideEngine, config: CalibrationConfig, depths: Sequence[int], progress: Progress
+    ) -> None:
+        self.config = config
+        self.depths = list(depths)
+        self.adapter = engine.runner.adapter
+        self.kinds: list[Rotary] | None = find_rotary(self.adapter)
+        self.tracer = Tracer(self.adapter, engine.runner.pools, self.kinds, self.depths)
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    def run(self, splits: Splits) -> tuple[list[Boundary], dict[str, Any]]:
+        """Boundaries ready to be saved, and metrics of every candidate."""
+        with self._timed("fit"):
+            fitter = Fitter(
+                self.adapter, self.tracer, self.depths, self.config, self.progress, fits_kv=self.kinds is not None
+            )
+            fitted = fitter.fit(splits["fit"])
+        with self._timed("judge"):
+            heads = fitter.ready(fitted.heads)
+            judge = Judge(self.adapter, self.tracer, heads, fitter.ready(fitted.kv_heads), fitted.kv_scales)
+            judged = {}
+            for number, name in enumerate(("gate", "calibrate", "test")):
+                self.progress(f"judging the {name} split", number / 3)
+                judged[name] = judge.judge(splits[name], seed=self.config.seed + number, with_lens=name == "test")
+        with self._timed("gates"):
+            sureness = Sureness(self.adapter, heads, fitted.shortlist)
+            candidates = [self._boundary(depth, fitted, judged, sureness) for depth in self.depths]
+        metrics = [
+            depth_metrics(b, sureness.scores(b, judged["test"]), judged["test"], self.depths, self.adapter.num_layers)
+            for b in candidates
+        ]
+        chosen = self._choose(candidates, [sureness.scores(b, judged["calibrate"]) for b in candidates])
+        facts = {
+            "candidates": metrics,
+            "fit": fitted.facts,
+            "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
+            "rows": {name: one.rows.num_rows for name, one in judged.items()},
+        }
+        return chosen, facts
+
+    # ---- gates ----
+
+    def _boundary(self, depth: int, fitted: Fitted, judged: dict[str, Judged], sureness: Sureness) -> Boundary:
+        self.progress(f"training the gate at depth {depth}", self.depths.index(depth) / len(self.depths))
+        train, held = judged["gate"], judged["calibrate"]
+        gate = train_gate(
+            train.rows.take(f"state_{depth}"),
+            torch.from_numpy(train.lasting(depth, self.depths)).float(),
+            train.rows.take("sequence"),
+            seed=self.config.seed,
+            bottleneck=self.config.bottleneck,
+            is_balanced=True,
+            features=sureness.features(depth, train),
+        )
+        sureness.give_shortlist(gate)
+        boundary = Boundary(depth, fitted.heads[depth], gate, fitted.kv_heads.get(depth))
+        right = held.right(depth)
+        calibrate_scores(gate, sureness.logits(boundary, held), torch.from_numpy(held.lasting(depth, self.depths)))
+        scores = sureness.scores(boundary, held)
+        boundary.thresholds = {str(level): threshold_at(scores, right, level) for level in ERROR_LEVELS}
+        boundary.score_quantiles = _percentiles(torch.from_numpy(scores))
+        if boundary.kv_head is not None and train.prompt_rows.num_rows and held.prompt_rows.num_rows:
+            boundary.prefill_gate = self._prefill_gate(depth, train)
+            predicted = boundary.prefill_gate.scores(held.prompt_rows.take(f"state_{depth}"))
+            boundary.prefill_quantiles = _percentiles(predicted)
+        return boundary
+
+    def _prefill_gate(self, depth: int, train: Judged) -> Gate:
+        """Predicts e / (1 + e) of the relative K/V error e, in units of its mean."""
+        errors = train.prompt_rows.take(f"error_{depth}")
+        relative = errors / errors.mean()
+        return train_gate(
+            train.prompt_rows.take(f"state_{depth}"),
+            relative / (1 + relative),
+            train.prompt_rows.take("sequence"),
+            seed=self.config.seed,
+            bottleneck=self.config.bottleneck,
+            is_balanced=False,
+        )
+
+    def _choose(self, candidates: Sequence[Boundary], scores: Sequence[np.ndarray]) -> list[Boundary]:
+        """The boundaries asked for, else the set of at most two with the largest expected saving."""
+        if self.config.boundaries:
+            return list(candidates)
+        numbers = range(len(candidates))
+        sets = [s for size in range(1, MAX_BOUNDARIES + 1) for s in itertools.combinations(numbers, size)]
+        best = max(
+            sets,
+            key=lambda s: expected_saving([candidates[n] for n in s], [scores[n] for n in s], self.adapter.num_layers),
+        )
+        return [candidates[n] for n in best]
+
+    def _timed(self, name: str) -> _Timer:
+        return _Timer(self.seconds, name)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = time.perf_counter() - self._start
+
+
+def _percentiles(values: Tensor) -> tuple[float, ...]:
+    return tuple(torch.quantile(values.float(), torch.linspace(0, 1, 101)).tolist())
+
+
+def candidate_depths(num_layers: int, asked: Sequence[int]) -> list[int]:
+    """The depths to compare: those asked for, else spread over the deeper part of the model.
+
+    Raises:
+        UserError: a depth at which no layer is left to skip.
+    """
+    for depth in asked:
+        if not 1 <= depth < num_layers:
+            raise UserError(f"boundaries must be from 1 to {num_layers - 1}, got {depth}")
+    return sorted(set(asked) or {min(max(1, round(share * num_layers)), num_layers - 1) for share in CANDIDATES})
+
+
+def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _share: None) -> Routers:
+    """Run a calibration and save its checkpoint in ``config.output``.
+
+    Raises:
+        UserError: something in ``config`` cannot be used.
+    """
+    check_output_folder(Path(config.output))
+    started = time.perf_counter()
+    progress("loading the model", 0.0)
+    loaded = load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    engine = TideEngine(loaded, EngineConfig(num_threads=config.num_threads))
+    adapter = engine.runner.adapter
+    depths = candidate_depths(adapter.num_layers, config.boundaries)
+    examples = _examples(config, engine, progress)
+    generated = time.perf_counter()
+    splits = split(examples, config.seed)
+    calibration = Calibration(engine, config, depths, progress)
+    boundaries, metrics = calibration.run(splits)
+    metrics["seconds"] = {"generate": round(generated - started, 2), **metrics["seconds"]}
+    metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
+    kv_policy = config.kv_policy if calibration.kinds is not None or config.kv_policy != "fitted" else "copy"
+    fingerprint = fingerprint_of(
+        loaded, kv_policy=kv_policy, num_layers=adapter.num_layers, hidden_size=adapter.config.hidden_size
+    )
+    training = {
+        "source": "text" if config.text else "own answers",
+        "prompts": {name: len(part) for name, part in splits.items()},
+        "tokens": sum(len(example.token_ids) for example in examples),
+        "settings": config.model_dump(mode="json", exclude={"output"}),
+    }
+    facts = as_facts(fingerprint, label=LABEL, shapes=adapter.kv_shapes, training=training)
+    facts.metrics.update(metrics)
+    routers = Routers(boundaries, facts)
+    routers.save(config.output)
+    return routers
+
+
+def _examples(config: CalibrationConfig, engine: TideEngine, progress: Progress) -> list[Example]:
+    if config.text is not None:
+        return read_text(config.text, engine, limit=config.num_prompts, max_tokens=config.max_tokens)
+    wraps = not config.raw and bool(getattr(engine.tokenizer, "chat_template", None))
+    prompts = read_prompts(config.prompts, column=config.prompt_column, limit=config.num_prompts, wraps_strings=wraps)
+    examples = []
+    for example in answered(engine, prompts, config.max_tokens):
+        examples.append(example)
+        progress("the model answers the prompts", len(examples) / len(prompts))
+    return examples

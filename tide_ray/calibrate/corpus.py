@@ -1,0 +1,118 @@
+"""What routers are calibrated on: the model's own answers to prompts, or given text; split by prompt."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tide_ray.data.locate import open_sources
+from tide_ray.data.prompts import RowMaker, prompt_columns
+from tide_ray.engine.engine import TideEngine
+from tide_ray.types import Prompt, SamplingParams, UserError
+
+SPLITS = (("fit", 0.5), ("gate", 0.25), ("calibrate", 0.125), ("test", 0.125))
+MIN_SEQUENCES = 16
+MIN_TEXT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence. Rows from ``first_judged`` on predict tokens that are the model's own (or, of a text, all)."""
+
+    token_ids: list[int]
+    first_judged: int
+
+
+Splits = dict[str, list[Example]]
+
+
+def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | None, wraps_strings: bool) -> list[Prompt]:
+    """Prompts from files or data sets, as a job would read them; rows that a job would reject are left out.
+
+    Raises:
+        UserError: nothing to read, or fewer than ``limit`` usable rows.
+    """
+    maker = RowMaker(SamplingParams(temperature=0), None)
+    prompts: list[Prompt] = []
+    for source in open_sources(list(sources)):
+        columns = prompt_columns(source, column)
+        for batch in source.batches(columns, source.schema([])):
+            for row in batch.rows:
+                made = maker.make(row, columns)
+                if made.error:
+                    continue
+                if made.messages is not None:
+                    prompts.append(json.loads(made.messages))
+                elif made.prompt_token_ids is not None:
+                    prompts.append(made.prompt_token_ids)
+                elif made.prompt is not None:
+                    prompts.append([{"role": "user", "content": made.prompt}] if wraps_strings else made.prompt)
+                if limit is not None and len(prompts) == limit:
+                    return prompts
+    if limit is not None and len(prompts) < limit:
+        raise UserError(f"num_prompts: the sources have {len(prompts)} usable prompts, got {limit}")
+    return prompts
+
+
+def answered(engine: TideEngine, prompts: Sequence[Prompt], max_tokens: int) -> Iterable[Example]:
+    """The model's own greedy answers, as they finish; prompts that the engine rejects are left out."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"calibrate-{number}", prompt, params)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens = output.outputs[0].token_ids
+            if not output.error and tokens:
+                # The last token was chosen, but never run.
+                ids = [*output.prompt_token_ids, *tokens[:-1]]
+                yield Example(ids, len(output.prompt_token_ids) - 1)
+
+
+def read_text(path: str, engine: TideEngine, *, limit: int | None, max_tokens: int) -> list[Example]:
+    """Paragraphs of a text file, one per line, each cut to ``max_tokens``; very short ones are left out.
+
+    Raises:
+        UserError: the file cannot be read, or has fewer than ``limit`` such paragraphs.
+    """
+    if engine.tokenizer is None:
+        raise UserError("text needs a tokenizer, the model folder has none")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text must be a UTF-8 text file, got {path!r} ({type(error).__name__})") from None
+    examples: list[Example] = []
+    for line in lines:
+        if limit is not None and len(examples) == limit:
+            break
+        ids = (
+            engine.tokenizer(line.strip(), truncation=True, max_length=max_tokens)["input_ids"] if line.strip() else []
+        )
+        if len(ids) >= MIN_TEXT_TOKENS:
+            examples.append(Example(list(ids), 0))
+    if limit is not None and len(examples) < limit:
+        raise UserError(f"num_prompts: {path!r} has {len(examples)} paragraphs, got {limit}")
+    return examples
+
+
+def split(examples: Sequence[Example], seed: int) -> Splits:
+    """Disjoint sets of prompts, in an order of ``seed``.
+
+    Raises:
+        UserError: too few to split.
+    """
+    if len(examples) < MIN_SEQUENCES:
+        raise UserError(
+            f"num_prompts: calibration needs at least {MIN_SEQUENCES} answered prompts, got {len(examples)}"
+        )
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)
+    splits: Splits = {}
+    start = 0
+    for name, share in SPLITS:
+        stop = len(shuffled) if name == SPLITS[-1][0] else start + max(1, round(share * len(shuffled)))
+        splits[name] = shuffled[start:stop]
+        start = stop
+    return splits

@@ -1,0 +1,170 @@
+"""Fits exit heads and KV heads at every candidate depth, in one pass over the sequences."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.corpus import Example
+from tide_ray.calibrate.refine import RestrictedReadout, refined
+from tide_ray.calibrate.reservoir import Reservoir
+from tide_ray.calibrate.ridge import Sums, fit, low_rank, set_linear
+from tide_ray.calibrate.trace import Tracer
+from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, kv_width, unit_rms
+from tide_ray.models.adapter import Adapter
+
+PENALTY_SHARE = 0.1
+"""Share of the sequences that chooses penalties, and whether a refined head is better."""
+MAX_ROWS = 24_576
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it is done, from 0 to 1."""
+
+
+@dataclass(slots=True)
+class Fitted:
+    """Maps fitted at the candidate depths; ``kv_scales`` as in Judge; ``shortlist``: rows of the LM head, or None."""
+
+    heads: dict[int, ExitHead] = field(default_factory=dict)
+    kv_heads: dict[int, KVHead] = field(default_factory=dict)
+    kv_scales: dict[int, Tensor] = field(default_factory=dict)
+    shortlist: Tensor | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _FitSums:
+    heads: dict[int, Sums]
+    kv: dict[int, Sums]
+    reservoir: Reservoir
+
+
+class Fitter:
+    """Fits at ``depths``; K/V only where ``fits_kv``."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        tracer: Tracer,
+        depths: Sequence[int],
+        config: CalibrationConfig,
+        progress: Progress,
+        *,
+        fits_kv: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.tracer = tracer
+        self.depths = list(depths)
+        self.config = config
+        self.progress = progress
+        self.fits_kv = fits_kv
+
+    def fit(self, examples: Sequence[Example]) -> Fitted:
+        num_held = max(1, round(PENALTY_SHARE * len(examples)))
+        held, train = self._sums(examples[:num_held], 0.0), self._sums(examples[num_held:], 0.1)
+        fitted = Fitted()
+        hidden = self.adapter.config.hidden_size
+        final = train.reservoir
+        readout = self._readout(final.take("final")) if self.config.refine or self.config.shortlist else None
+        if readout is not None and self.config.shortlist:
+            fitted.shortlist = readout.shortlist(self.config.shortlist)
+        for depth in self.depths:
+            weights, penalty, error = fit(train.heads[depth], held.heads[depth])
+            head = ExitHead(hidden, self.config.rank)
+            if self.config.rank is None:
+                set_linear(head.up, weights)
+            else:
+                down, up = low_rank(train.heads[depth], weights, self.config.rank)
+                with torch.no_grad():
+                    head.down.weight.copy_(down.T)  # type: ignore[operator]
+                    head.up.weight.copy_(up.T)
+                    head.up.bias.copy_(weights[-1])
+            facts: dict[str, Any] = {"penalty": penalty, "head_error": round(error, 4)}
+            if readout is not None and self.config.refine:
+                self.progress(f"refining the exit head at depth {depth}", 0.0)
+                head, facts["is_refined"] = self._better(head, depth, train.reservoir, held.reservoir, readout)
+            fitted.heads[depth] = head
+            if self.fits_kv:
+                shapes = self.adapter.kv_shapes[depth:]
+                weights, kv_penalty, kv_error = fit(train.kv[depth], held.kv[depth])
+                kv_head = KVHead(hidden, shapes)
+                set_linear(kv_head.project, weights)
+                fitted.kv_heads[depth] = kv_head
+                fitted.kv_scales[depth] = _block_scales(train.kv[depth], shapes)
+                facts |= {"kv_penalty": kv_penalty, "kv_error": round(kv_error, 4)}
+            fitted.facts[str(depth)] = facts
+        return fitted
+
+    def _sums(self, examples: Sequence[Example], progress_from: float) -> _FitSums:
+        hidden = self.adapter.config.hidden_size
+        sums = _FitSums(
+            heads={depth: Sums.zeros(hidden, hidden) for depth in self.depths},
+            kv={depth: Sums.zeros(hidden, kv_width(self.adapter.kv_shapes[depth:])) for depth in self.depths}
+            if self.fits_kv
+            else {},
+            reservoir=Reservoir(MAX_ROWS, self.config.seed),
+        )
+        num_done = 0
+        for rows in self.tracer.trace(examples):
+            index = torch.from_numpy(rows.is_judged.nonzero()[0])
+            target = unit_rms(rows.final[index])
+            for depth in self.depths:
+                states = rows.states[depth]
+                sums.heads[depth].add(states[index], target)
+                if rows.keys_values is not None:
+                    width = sums.kv[depth].cross.shape[1]
+                    sums.kv[depth].add(states, rows.keys_values[:, -width:])
+            kept = {f"state_{depth}": rows.states[depth][index].cpu() for depth in self.depths}
+            sums.reservoir.add(final=rows.final[index].cpu(), **kept)
+            num_done = int(rows.sequences[-1]) + 1
+            self.progress(
+                "fitting exit heads and KV heads", progress_from + (1 - progress_from) * num_done / len(examples)
+            )
+        return sums
+
+    def _readout(self, final_states: Tensor) -> RestrictedReadout | None:
+        try:
+            return RestrictedReadout(self.adapter, final_states.to(self.adapter.device))
+        except ValueError:
+            return None
+
+    def _better(
+        self, head: ExitHead, depth: int, train: Reservoir, held: Reservoir, readout: RestrictedReadout
+    ) -> tuple[ExitHead, bool]:
+        """The refined head where it agrees with full depth more often on held-out rows, else the one given."""
+        device = self.adapter.device
+        candidate = refined(
+            head.to(device),
+            train.take(f"state_{depth}").to(device),
+            train.take("final").to(device),
+            readout,
+            seed=self.config.seed,
+        )
+        states, final = held.take(f"state_{depth}").to(device), held.take("final").to(device)
+        with torch.inference_mode():
+            expected = readout(final).argmax(-1)
+            scores = [
+                float((readout(one(states.float()).to(final.dtype)).argmax(-1) == expected).float().mean())
+                for one in (head, candidate)
+            ]
+        return (candidate, True) if scores[1] > scores[0] else (head, False)
+
+    def ready(self, modules: dict[int, Any]) -> dict[int, Any]:
+        """Copies of fitted maps as the engine will run them."""
+        return {
+            depth: for_inference(copy.deepcopy(module), self.adapter.device, self.adapter.dtype)
+            for depth, module in modules.items()
+        }
+
+
+def _block_scales(sums: Sums, shapes: Sequence[Any]) -> Tensor:
+    """The mean square of each layer's K and V, at every column of theirs."""
+    squares = (sums.targets / sums.num_rows).float()
+    widths = [shape.num_heads * shape.head_dim for shape in shapes for _ in range(2)]
+    return torch.cat([block.mean().expand(len(block)) for block in squares.split(widths)])

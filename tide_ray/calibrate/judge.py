@@ -1,0 +1,113 @@
+"""What exits would do on held-out sequences: which choices are right at each depth, and how far fitted K/V are off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tide_ray.calibrate.corpus import Example
+from tide_ray.calibrate.reservoir import Reservoir
+from tide_ray.calibrate.trace import Tracer, TraceRows
+from tide_ray.exits.readouts import ExitHead, KVHead
+from tide_ray.models.adapter import Adapter
+
+MAX_ROWS = 24_576
+CHUNK = 512
+
+
+@dataclass(slots=True)
+class Judged:
+    """Rows of one split. For every depth: ``state_D`` (unit rms), ``right_D`` (the head's choice is full depth's),
+    ``probability_D`` (of the head's choice), ``cosine_D``; with ``sequence``. Prompt rows: ``state_D``, ``error_D``
+    (relative K/V error) and ``sequence``. ``lens_right``: share of right choices without an exit head."""
+
+    rows: Reservoir
+    prompt_rows: Reservoir
+    lens_right: dict[int, float] = field(default_factory=dict)
+
+    def right(self, depth: int) -> np.ndarray:
+        return self.rows.take(f"right_{depth}").numpy()
+
+    def lasting(self, depth: int, depths: Sequence[int]) -> np.ndarray:
+        """Right at this depth and at every later one of ``depths``: the gates' label."""
+        return np.logical_and.reduce([self.right(later) for later in depths if later >= depth])
+
+
+class Judge:
+    """Compares exit heads and KV heads with full depth.
+
+    Args:
+        heads: exit heads as the engine runs them, by depth.
+        kv_heads: KV heads by depth, likewise; empty when K/V cannot be fitted.
+        kv_scales: by depth, for every column of the KV head the mean square of its layer's K or V.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        tracer: Tracer,
+        heads: Mapping[int, ExitHead],
+        kv_heads: Mapping[int, KVHead],
+        kv_scales: Mapping[int, Tensor],
+    ) -> None:
+        self._adapter = adapter
+        self._tracer = tracer
+        self._heads = heads
+        self._kv_heads = kv_heads
+        self._kv_scales = kv_scales
+
+    @torch.inference_mode()
+    def judge(self, examples: Sequence[Example], *, seed: int, with_lens: bool = False) -> Judged:
+        """Run a split. ``with_lens`` also reads states without an exit head, for comparison."""
+        judged = Judged(Reservoir(MAX_ROWS, seed), Reservoir(MAX_ROWS, seed + 1))
+        lens: dict[int, list[int]] = {depth: [0, 0] for depth in self._heads}
+        for rows in self._tracer.trace(examples, with_keys_values=bool(self._kv_heads)):
+            for index in torch.from_numpy(np.flatnonzero(rows.is_judged)).split(CHUNK):
+                self._judge_rows(rows, index, judged, lens if with_lens else None)
+            self._judge_prompt(rows, judged)
+        judged.lens_right = {depth: right / num for depth, (right, num) in lens.items() if num}
+        return judged
+
+    def _judge_rows(self, rows: TraceRows, index: Tensor, judged: Judged, lens: dict[int, list[int]] | None) -> None:
+        """Few rows at a time: their logits over the whole vocabulary are what takes memory."""
+        expected = self._logits(rows.final[index]).argmax(-1)
+        entry: dict[str, Tensor] = {"sequence": torch.from_numpy(rows.sequences)[index]}
+        for depth, head in self._heads.items():
+            states = rows.states[depth][index]
+            logits = self._logits(head(states)).float()
+            top = logits.max(-1)
+            entry[f"state_{depth}"] = states.cpu()
+            entry[f"right_{depth}"] = (top.indices == expected).cpu()
+            entry[f"probability_{depth}"] = (top.values - logits.logsumexp(-1)).exp().cpu()
+            entry[f"cosine_{depth}"] = rows.cosines[depth][index].cpu()
+            if lens is not None:
+                lens[depth][0] += int((self._logits(states).argmax(-1) == expected).sum())
+                lens[depth][1] += len(index)
+        judged.rows.add(**entry)
+
+    def _judge_prompt(self, rows: TraceRows, judged: Judged) -> None:
+        """K/V errors of prompt rows but the first; of texts, which have no prompt, of all rows but the first."""
+        is_text = rows.first_judged == 0
+        chosen = np.flatnonzero((rows.positions > 0) & (~rows.is_judged | is_text))
+        if not len(chosen) or rows.keys_values is None:
+            return
+        for index in torch.from_numpy(chosen).split(CHUNK):
+            self._judge_prompt_rows(rows, index, judged)
+
+    def _judge_prompt_rows(self, rows: TraceRows, index: Tensor, judged: Judged) -> None:
+        assert rows.keys_values is not None
+        entry: dict[str, Tensor] = {"sequence": torch.from_numpy(rows.sequences)[index]}
+        for depth, head in self._kv_heads.items():
+            states = rows.states[depth][index]
+            actual = rows.keys_values[index][:, -len(self._kv_scales[depth]) :]
+            squares = (head(states).float() - actual).square() / self._kv_scales[depth]
+            entry[f"state_{depth}"] = states.cpu()
+            entry[f"error_{depth}"] = squares.mean(-1).cpu()
+        judged.prompt_rows.add(**entry)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self._adapter.head(self._adapter.final_norm(states[None]))
