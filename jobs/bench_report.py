@@ -42,3 +42,63 @@ def print_report(facts: dict[str, Any]) -> None:
             f"Ray job {ray['job_tokens_per_second']:,.1f} tokens/s, bare engine {ray['bare_tokens_per_second']:,.1f}: "
             f"overhead {ray['overhead']:.1%}; the whole job took {ray['job_wall_seconds']:.1f} s"
         )
+
+
+def print_depth_report(facts: dict[str, Any]) -> None:
+    """Print, for every scenario and number of residents, the launch policies beside their limits."""
+    console = Console()
+    console.print(
+        f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}, "
+        f"{facts['num_layers']} layers; {facts['kv_policy']} K/V; {facts['rounds']} rounds; {facts['date']}"
+    )
+    for scenario in facts["scenarios"]:
+        names = [name for name in scenario["rows"][0]["speedup"] if name != "full depth"]
+        title = f"{scenario['share']:.0%} of tokens exit at depth {scenario['depth']}: speed-up over full depth"
+        table = Table(title=title, title_justify="left")
+        for column in ("residents", "full depth tok/s", *names, "ceiling", "bound", "realised"):
+            table.add_column(column, justify="right")
+        for row in scenario["rows"]:
+            table.add_row(
+                str(row["residents"]),
+                f"{row['tokens_per_second']['full depth']:,.0f}",
+                *(f"{row['speedup'][name]:.2f}" for name in names),
+                *(f"{row[name]:.2f}" for name in ("ceiling", "bound", "realised")),
+            )
+        console.print(table)
+
+
+def print_exits_report(facts: dict[str, Any]) -> None:
+    """Print speed and agreement of every variant, and decode rates by residents."""
+    console = Console()
+    console.print(
+        f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}; boundaries "
+        f"{facts['boundaries']}, {facts['kv_policy']} K/V; {facts['prompts']} prompts of {facts['mean_prompt_tokens']} "
+        f"tokens, at most {facts['max_tokens']} new; {facts['rounds']} rounds; {facts['date']}"
+    )
+    table = Table(title="exits against full depth", title_justify="left")
+    for column in ("variant", "tok/s", "speed-up", "ceiling", "agreement (95 %)", "same answers", "depth", "prompt"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in facts["variants"]:
+        agreement = "-"
+        if "teacher_forced" in row:
+            share, low, high = row["teacher_forced"]
+            agreement = f"{share:.3f} ({low:.3f}-{high:.3f})"
+        table.add_row(
+            row["name"],
+            *(f"{row[name]:,.2f}" if name in row else "-" for name in ("tokens_per_second", "speedup")),
+            f"{row['ceiling_in_layers']:.2f}" if "ceiling_in_layers" in row else "-",
+            agreement,
+            f"{row['identical_answers']:.1%}" if "identical_answers" in row else "-",
+            f"{row['mean_depth']:.1f}" if "mean_depth" in row else "-",
+            f"{row['prompt_rows_stopped']:.0%}" if "prompt_rows_stopped" in row else "-",
+        )
+    console.print(table)
+    if facts["residents"]:
+        names = list(facts["residents"][0]["speedup"])[1:]
+        speeds = Table(title="decode with this many residents: speed-up over full depth", title_justify="left")
+        for column in ("residents", "full depth tok/s", *names):
+            speeds.add_column(column, justify="right")
+        for row in facts["residents"]:
+            marks = [f"{row['speedup'][n]:.2f}{'' if any(row['boundaries_on'][n]) else ' (off)'}" for n in names]
+            speeds.add_row(str(row["residents"]), f"{row['tokens_per_second']['full depth']:,.0f}", *marks)
+        console.print(speeds)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,10 +42,9 @@ def throughput(
     output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
 ) -> None:
     """Engine at full depth against HF generate, its profile, and the Ray job against the bare engine."""
-    from tide_ray.data.job_folder import JobError
     from tide_ray.types import UserError
 
-    try:
+    with _errors():
         for name, value in (
             ("max_tokens", max_tokens),
             ("rounds", rounds),
@@ -73,14 +74,128 @@ def throughput(
             with_hf_continuous=hf_continuous,
             with_ray=ray,
         )
-    except (UserError, JobError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     facts = {"benchmark": "throughput", **machine, **measured}
     print_report(facts)
+    _finish(facts, output)
+
+
+@app.command()
+def depth(
+    scenarios: Annotated[
+        str, typer.Option(help="DEPTH:SHARE of tokens made to exit there, separated by commas")
+    ] = "15:0.5,24:0.3",
+    residents: Annotated[str, typer.Option(help="resident sequences, separated by commas")] = "1,8,32,64,128,256",
+    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    rounds: Annotated[int, typer.Option(help="times that every contender runs")] = 3,
+    tokens: Annotated[int, typer.Option(help="tokens per resident in each run")] = 24,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
+    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+) -> None:
+    """Forced exits under several launch policies against full depth at the same residents, beside their limits."""
+    with _errors():
+        for name, value in (("rounds", rounds), ("tokens", tokens), ("num_threads", num_threads)):
+            if value is not None:
+                _positive(name, value)
+        counts = _numbers("residents", residents)
+
+        from bench_depth import Scenario, run_depth
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_depth_report
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_depth(
+            model=model,
+            dtype=dtype,
+            scenarios=[Scenario.parse(text) for text in scenarios.split(",")],
+            residents=counts,
+            rounds=rounds,
+            tokens=tokens,
+            num_threads=machine["num_threads"],
+        )
+    facts = {"benchmark": "depth", **machine, **measured}
+    print_depth_report(facts)
+    _finish(facts, output)
+
+
+@app.command()
+def exits(
+    checkpoint: Annotated[str, typer.Argument(help="folder of a router checkpoint")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="JSONL files, FILE or FILE:N; default: demo")] = None,
+    errors: Annotated[str, typer.Option(help="calibrated error levels, separated by commas")] = "0.01,0.05",
+    prefill_shares: Annotated[str, typer.Option(help="shares of prompt tokens that stop, or nothing")] = "",
+    residents: Annotated[str, typer.Option(help="also decode with exactly these many residents")] = "",
+    few_shot: Annotated[
+        str | None, typer.Option(help="JSONL with prompt and answer: questions after solved ones")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="solved examples before each question")] = 8,
+    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt")] = 128,
+    max_num_seqs: Annotated[int, typer.Option(help="resident sequences")] = 64,
+    rounds: Annotated[int, typer.Option(help="times that every contender runs")] = 3,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
+    limit: Annotated[int | None, typer.Option(help="use only this many prompts")] = None,
+    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+) -> None:
+    """A router checkpoint against full depth: speed, agreement with full depth, and their limits."""
+    with _errors():
+        from bench_exits import few_shot_texts, run_exits
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_exits_report
+        from bench_workload import Workload
+
+        machine = machine_facts(num_threads or num_cores())
+        if few_shot is not None:
+            texts = few_shot_texts(few_shot, _positive("shots", shots), limit or 64)
+            workload = Workload(model, dtype, max_tokens, [f"{Path(few_shot).name}, {shots} shots"], texts)
+        else:
+            workload = Workload.read(prompts or [], model=model, dtype=dtype, max_tokens=max_tokens, limit=limit)
+        measured = run_exits(
+            workload,
+            checkpoint,
+            errors=_shares("errors", errors),
+            prefill_shares=_shares("prefill_shares", prefill_shares),
+            residents=_numbers("residents", residents) if residents else [],
+            rounds=_positive("rounds", rounds),
+            num_threads=machine["num_threads"],
+            max_num_seqs=_positive("max_num_seqs", max_num_seqs),
+        )
+    facts = {"benchmark": "exits", **machine, **measured}
+    print_exits_report(facts)
+    _finish(facts, output)
+
+
+def _shares(name: str, text: str) -> list[float]:
+    from tide_ray.types import UserError
+
+    try:
+        shares = [float(part) for part in text.split(",") if part]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 < share <= 1 for share in shares):
+        raise UserError(f"{name} must be numbers in (0, 1] separated by commas, got {text!r}")
+    return shares
+
+
+def _finish(facts: dict[str, Any], output: str | None) -> None:
+    """The file if one is asked for, and the last line."""
     if output is not None:
         _write(Path(output), json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A user's mistake ends with one line and exit code 2, a failed job with 1."""
+    from tide_ray.data.job_folder import JobError
+    from tide_ray.types import UserError
+
+    try:
+        yield
+    except (UserError, JobError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
 def _positive(name: str, value: int) -> int:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.data.job_config import GenerateJobConfig
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BENCHMARK = (Path(__file__).parents[2] / "jobs" / "benchmark.py").read_text(encoding="utf-8")
+BENCHMARK_OPTIONS = re.findall(r"^    (\w+): Annotated\[", BENCHMARK, re.MULTILINE)
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -31,5 +34,6 @@ def test_python_blocks_run_after_the_demo_job(tmp_path: Path, demo_path: Path) -
 def test_every_flag_that_the_readme_names_exists() -> None:
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
     others = {"working-dir", "help", "config"}  # ray's own, and the two that are not settings
-    assert flags - others <= {name.replace("_", "-") for name in GenerateJobConfig.model_fields}
+    fields = {*GenerateJobConfig.model_fields, *CalibrationConfig.model_fields, *BENCHMARK_OPTIONS}
+    assert flags - others <= {name.replace("_", "-") for name in fields}
     assert len(flags) > 10

@@ -1,0 +1,208 @@
+"""What exits are worth in time, apart from quality: a seeded random share of tokens is made to exit at a boundary.
+
+For every number of residents R, full depth with the same R and the exiting engine under several launch policies take
+turns. ``ceiling`` is the speed-up if skipping were free; ``bound`` the best launch policy in the cost model at the same
+R when asking, parting rows and filling K/V cost nothing; ``realised`` is measured speed-up over bound.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
+from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan, expected_rate
+from tide_ray.engine.measure import measure_costs
+from tide_ray.engine.planner import LaunchPlanner
+from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_of
+from tide_ray.exits.gates import Gate
+from tide_ray.exits.policies import ForcedExits
+from tide_ray.exits.readouts import ExitHead, KVHead
+from tide_ray.models import LoadedModel, load
+from tide_ray.models.adapter import KVShape
+
+PROMPT_TOKENS = 64
+WARM_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """``share`` of the tokens exits at ``depth``."""
+
+    depth: int
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> Scenario:
+        """``DEPTH:SHARE``, e.g. ``15:0.5``. Raises UserError for anything else."""
+        depth, _, share = text.partition(":")
+        try:
+            parsed = cls(int(depth), float(share))
+        except ValueError:
+            raise UserError(f"scenarios must be DEPTH:SHARE separated by commas, got {text!r}") from None
+        if not 0 < parsed.share <= 1:
+            raise UserError(f"scenarios: a share must be in (0, 1], got {text!r}")
+        return parsed
+
+
+class WaitForFull(LaunchPlanner):
+    """Survivors wait until half of the residents do, as rebatching with a fixed target batch has it."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(None, [share])
+        self.residents = 1
+
+    def plan(self, residents: int) -> LaunchPlan:
+        self.residents = residents
+        return super().plan(residents)
+
+    def should_launch(self, stage: int, num_ready: int) -> bool:
+        return num_ready > 0 and 2 * num_ready >= self.residents
+
+
+@dataclass(slots=True)
+class Contender:
+    """An engine with a launch policy; ``prepare`` sets the policy up."""
+
+    name: str
+    engine: TideEngine
+    prepare: Callable[[], None] = lambda: None
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+def run_depth(
+    *, model: str, dtype: str, scenarios: Sequence[Scenario], residents: Sequence[int], rounds: int, tokens: int,
+    num_threads: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure every scenario; returns the facts that are printed and written."""
+    torch.set_num_threads(num_threads)
+    loaded = load(model, dtype=dtype)
+    num_layers = loaded.model.config.get_text_config().num_hidden_layers
+    for scenario in scenarios:
+        if not 1 <= scenario.depth < num_layers:
+            raise UserError(f"scenarios: a depth must be from 1 to {num_layers - 1}, got {scenario.depth}")
+    config = EngineConfig(
+        dtype=dtype,
+        num_threads=num_threads,
+        max_num_seqs=max(residents),
+        max_model_len=PROMPT_TOKENS + 8 * tokens,
+        kv_memory_fraction=0.3,
+    )
+    full = TideEngine(loaded, config)
+    results = []
+    for scenario in scenarios:
+        shapes = full.runner.adapter.kv_shapes
+        exiting = TideEngine(loaded, config, forced_routers(loaded, scenario.depth, shapes))
+        assert exiting.runner.exits is not None
+        context = PROMPT_TOKENS + tokens
+        costs = measure_costs(exiting.runner, exiting.runner.exits, max(residents), context=context)
+        rows = [_measure(full, exiting, costs, scenario, count, rounds, tokens) for count in residents]
+        results.append({"depth": scenario.depth, "share": scenario.share, "rows": rows})
+    return {
+        "model": model,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "num_layers": num_layers,
+        "kv_policy": "fitted",
+        "prompt_tokens": PROMPT_TOKENS,
+        "tokens_per_resident": tokens,
+        "rounds": rounds,
+        "scenarios": results,
+    }
+
+
+def forced_routers(loaded: LoadedModel, depth: int, shapes: Sequence[KVShape]) -> Routers:
+    """One boundary with heads of random weights: right for speed, not for quality."""
+    width = loaded.model.config.get_text_config().hidden_size
+    boundary = Boundary(depth, ExitHead(width), Gate(width), KVHead(width, shapes[depth:]), thresholds={"0.02": 0.5})
+    fingerprint = fingerprint_of(loaded, kv_policy="fitted", num_layers=len(shapes), hidden_size=width)
+    return Routers([boundary], as_facts(fingerprint, label="forced", shapes=shapes, training={}))
+
+
+def _measure(
+    full: TideEngine,
+    exiting: TideEngine,
+    costs: EngineCosts,
+    scenario: Scenario,
+    residents: int,
+    rounds: int,
+    tokens: int,
+) -> dict[str, Any]:
+    share = scenario.share
+
+    def policy(planner: Callable[[], LaunchPlanner], *, unanimous: bool = False) -> Callable[[], None]:
+        def prepare() -> None:
+            assert exiting.runner.exits is not None
+            exiting.runner.exits.policy = ForcedExits([share], unanimous=unanimous)
+            exiting.runner.planner = planner()
+
+        return prepare
+
+    contenders = [
+        Contender("full depth", full),
+        Contender("all rows must agree", exiting, policy(lambda: LaunchPlanner(None, [share]), unanimous=True)),
+        Contender("survivors at once", exiting, policy(lambda: LaunchPlanner(None, [share]))),
+        Contender("wait for half", exiting, policy(lambda: WaitForFull(share))),
+        Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share]))),
+    ]
+    for number in range(rounds):
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
+            contender.prepare()
+            contender.rates.append(decode_rate(contender.engine, residents, tokens))
+    base = contenders[0].rate
+    best = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0)
+    chosen = best_plan(costs, residents, [share])
+    off = expected_rate(costs, residents, [share], [False], [1])
+    skipped = costs.stages[1](residents) / (
+        costs.stages[0](residents) + costs.stages[1](residents) + costs.head(residents)
+    )
+    bound = best.rate / off
+    speedup = contenders[-1].rate / base
+    return {
+        "residents": residents,
+        "tokens_per_second": {c.name: round(c.rate, 1) for c in contenders},
+        "spread": {c.name: [round(min(c.rates), 1), round(max(c.rates), 1)] for c in contenders},
+        "speedup": {c.name: round(c.rate / base, 3) for c in contenders},
+        "ceiling": round(1 / (1 - share * skipped), 3),
+        "bound": round(bound, 3),
+        "bound_holds": best.holds[0],
+        "realised": round(speedup / bound, 3),
+        "chosen_is_on": chosen.is_on[0],
+        "chosen_holds": chosen.holds[0],
+        "expected_speedup": round(chosen.rate / off, 3),
+    }
+
+
+def decode_rate(engine: TideEngine, residents: int, tokens: int) -> float:
+    """Tokens per second while exactly ``residents`` sequences decode, ``tokens`` for each on average."""
+    params = SamplingParams(temperature=0, max_tokens=8 * tokens, ignore_eos=True)
+    generator = torch.Generator().manual_seed(residents)
+    vocab = engine.runner.adapter.config.vocab_size
+    names = [f"bench-{n}" for n in range(residents)]
+    for name in names:
+        ids = torch.randint(3, vocab, (PROMPT_TOKENS,), generator=generator).tolist()
+        engine.add_request(name, ids, params)
+    stats = engine.stats
+    try:
+        while engine.scheduler.waiting or not all(s.is_decoding for s in engine.scheduler.residents):
+            engine.step()
+        for _ in range(WARM_STEPS):
+            engine.step()
+        begin = stats.num_generated_tokens
+        start = time.perf_counter()
+        while stats.num_generated_tokens - begin < residents * tokens:
+            engine.step()
+        if engine.runner.adapter.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (stats.num_generated_tokens - begin) / (time.perf_counter() - start)
+    finally:
+        for name in names:
+            engine.abort(name)

@@ -1,0 +1,250 @@
+"""A real router checkpoint against full depth: speed, and how often its tokens are full depth's.
+
+Agreement is measured twice, through the engine itself. Teacher-forced: every variant is made to follow full depth's
+answers, and each token that it would have chosen is compared; K/V of exits are in place as in generation. Free: the
+variant answers by itself. Intervals are over prompts (bootstrap). ``full depth again`` is the noise floor: full depth
+against itself in another batch composition.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_depth import WARM_STEPS
+from bench_workload import Workload
+
+from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
+from tide_ray.engine.sampler import SampledTokens, Sampler, SamplingRow
+from tide_ray.exits.checkpoint import Routers
+from tide_ray.models import LoadedModel, load
+
+BOOTSTRAPS = 1000
+
+
+@dataclass(slots=True)
+class Variant:
+    """An engine configuration to compare with full depth."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class FollowingSampler(Sampler):
+    """Chooses as always and notes the choice, but answers with the token to follow; requests are told by their seed."""
+
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        self.answers = answers
+        self.same: list[list[bool]] = [[] for _ in answers]
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+        chosen = super().sample(logits, rows)
+        for n, row in enumerate(rows):
+            wanted = self.answers[row.seed][row.position]
+            self.same[row.seed].append(chosen.token_ids[n] == wanted)
+            chosen.token_ids[n] = wanted
+        return chosen
+
+
+def few_shot_texts(path: str, shots: int, count: int) -> list[str]:
+    """Questions of a JSONL file with prompt and answer, each after ``shots`` solved ones that no other question shares.
+
+    Raises:
+        UserError: the file has too few rows, or rows without the two columns.
+    """
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        solved = [f"Question: {row['prompt']}\nAnswer: {row['answer']}" for row in rows]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"few_shot needs JSONL with prompt and answer, got {path!r} ({error})") from None
+    if count * (shots + 1) > len(rows):
+        raise UserError(f"limit: {path!r} has {len(rows)} rows, {count} prompts of {shots} shots need more")
+    return [
+        "\n\n".join([*solved[count + n * shots : count + (n + 1) * shots], f"Question: {rows[n]['prompt']}\nAnswer:"])
+        for n in range(count)
+    ]
+
+
+def run_exits(
+    workload: Workload,
+    checkpoint: str,
+    *,
+    errors: Sequence[float],
+    prefill_shares: Sequence[float],
+    residents: Sequence[int],
+    rounds: int,
+    num_threads: int,
+    max_num_seqs: int,
+) -> dict[str, Any]:
+    """Compare the variants; returns the facts that are printed and written."""
+    torch.set_num_threads(num_threads)
+    routers = Routers.load(checkpoint)
+    loaded = load(workload.model, dtype=workload.dtype)
+    prompts = workload.token_ids(loaded)
+    settings: dict[str, Any] = {
+        "dtype": workload.dtype,
+        "max_num_seqs": max(max_num_seqs, *residents) if residents else max_num_seqs,
+        "max_model_len": max(map(len, prompts)) + workload.max_tokens,
+        "kv_memory_fraction": 0.15,
+        "num_threads": num_threads,
+    }
+    variants = [
+        *(Variant(f"exits at {error:.0%} error", {"exit_error": error}) for error in errors),
+        *(
+            Variant(f"{share:.0%} of the prompt stops", {"policy": "full", "prefill_share": share})
+            for share in prefill_shares
+        ),
+    ]
+    full = TideEngine(loaded, EngineConfig(**settings))
+    engines = [TideEngine(loaded, EngineConfig(**settings, exits=checkpoint, **v.options)) for v in variants]
+    base = Variant("full depth", {})
+    everyone = [(base, full), *zip(variants, engines, strict=True)]
+    answers = _answers(full, prompts, workload.max_tokens)
+    for number in range(rounds):
+        for variant, engine in everyone if number % 2 == 0 else reversed(everyone):
+            start = time.perf_counter()
+            outputs = _answers(engine, prompts, workload.max_tokens)
+            variant.seconds.append(time.perf_counter() - start)
+            variant.num_tokens = sum(map(len, outputs))
+    rows = [_row(base, base, {}, None)]
+    again = _following(TideEngine(loaded, EngineConfig(**{**settings, "max_num_seqs": 24})), prompts, answers)
+    rows.append({"name": "full depth again", "teacher_forced": interval(again)})
+    for variant, engine in everyone[1:]:
+        quality = _quality(loaded, settings, checkpoint, variant, prompts, answers, workload.max_tokens)
+        rows.append(_row(variant, base, quality, engine))
+    speeds = [_at_residents(full, engines[: len(errors)], variants, prompts, count, rounds) for count in residents]
+    return {
+        "model": workload.model,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "boundaries": list(routers.depths),
+        "kv_policy": routers.facts.kv_policy,
+        "prompts": len(prompts),
+        "sources": workload.sources,
+        "mean_prompt_tokens": round(statistics.mean(map(len, prompts)), 1),
+        "max_tokens": workload.max_tokens,
+        "rounds": rounds,
+        "max_num_seqs": full.max_num_seqs,
+        "variants": rows,
+        "residents": speeds,
+    }
+
+
+def _answers(engine: TideEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    params = [SamplingParams(temperature=0, max_tokens=max_tokens, seed=n) for n in range(len(prompts))]
+    return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
+
+
+def _following(engine: TideEngine, prompts: list[list[int]], answers: list[list[int]]) -> list[list[bool]]:
+    """For every token of ``answers``, whether ``engine`` would have chosen it after the tokens before it."""
+    sampler = FollowingSampler(answers)
+    engine.runner.sampler = sampler
+    params = [
+        SamplingParams(temperature=0, max_tokens=len(answer), seed=n, ignore_eos=True)
+        for n, answer in enumerate(answers)
+    ]
+    engine.generate(prompts, params)
+    engine.runner.sampler = Sampler()
+    return sampler.same
+
+
+def _quality(
+    loaded: LoadedModel,
+    settings: dict[str, Any],
+    checkpoint: str,
+    variant: Variant,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    max_tokens: int,
+) -> dict[str, Any]:
+    """Agreement with every boundary on, whether it pays here or not."""
+    config = EngineConfig(**settings, exits=checkpoint, exits_when="always", **variant.options)
+    engine = TideEngine(loaded, config)
+    followed = _following(engine, prompts, answers)
+    num_prompt = sum(map(len, prompts))
+    stats = engine.stats
+    depth = stats.sum_exit_layers / stats.num_generated_tokens
+    exits = [n for n, b in zip(stats.rows_through_layer, stats.rows_through_layer[1:], strict=False) if n != b]
+    free = _answers(engine, prompts, max_tokens)
+    return {
+        "teacher_forced": interval(followed),
+        "identical_answers": round(float(np.mean([a == b for a, b in zip(free, answers, strict=True)])), 4),
+        "mean_depth": round(depth, 3),
+        "boundaries_used": len(exits),
+        "prompt_rows_stopped": round(stats.num_prefill_exits / (2 * num_prompt), 4),
+    }
+
+
+def interval(same: Sequence[Sequence[bool]]) -> list[float]:
+    """Share of equal tokens, with a 95 % interval by resampling prompts."""
+    sums = np.array([[sum(one), len(one)] for one in same if one], dtype=float)
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(sums), (BOOTSTRAPS, len(sums)))
+    shares = sums[draws, 0].sum(1) / sums[draws, 1].sum(1)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return [round(float(v), 4) for v in (sums[:, 0].sum() / sums[:, 1].sum(), low, high)]
+
+
+def _row(variant: Variant, base: Variant, quality: dict[str, Any], engine: TideEngine | None) -> dict[str, Any]:
+    rate = variant.num_tokens / statistics.median(variant.seconds)
+    base_rate = base.num_tokens / statistics.median(base.seconds)
+    facts = {"name": variant.name, "tokens_per_second": round(rate, 1), "speedup": round(rate / base_rate, 3)}
+    if engine is None:
+        return facts
+    described = engine.describe()["exits"]
+    layers = engine.num_layers
+    facts["ceiling_in_layers"] = round(layers / quality["mean_depth"], 3)
+    return {**facts, **quality, "boundaries_on": described["boundaries_on"], "exit_shares": described["exit_shares"]}
+
+
+def _at_residents(
+    full: TideEngine,
+    engines: Sequence[TideEngine],
+    variants: Sequence[Variant],
+    prompts: list[list[int]],
+    residents: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Decode rates with exactly this many residents, full depth and the exiting variants in turn."""
+    names = ["full depth", *(variant.name for variant in variants[: len(engines)])]
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    pairs = list(zip(names, [full, *engines], strict=True))
+    for number in range(rounds):
+        for name, engine in pairs if number % 2 == 0 else reversed(pairs):
+            rates[name].append(_decode_rate(engine, prompts, residents))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "residents": residents,
+        "tokens_per_second": {name: round(rate, 1) for name, rate in medians.items()},
+        "speedup": {name: round(rate / medians["full depth"], 3) for name, rate in medians.items()},
+        "boundaries_on": {
+            name: engine.describe()["exits"]["boundaries_on"] for name, engine in pairs if engine is not full
+        },
+    }
+
+
+def _decode_rate(engine: TideEngine, prompts: list[list[int]], residents: int, tokens: int = 24) -> float:
+    params = SamplingParams(temperature=0, max_tokens=2 * tokens + WARM_STEPS, ignore_eos=True)
+    names = [f"bench-{n}" for n in range(residents)]
+    for n, name in enumerate(names):
+        engine.add_request(name, prompts[n % len(prompts)][:64], params)
+    try:
+        while engine.scheduler.waiting or not all(s.is_decoding for s in engine.scheduler.residents):
+            engine.step()
+        for _ in range(WARM_STEPS):
+            engine.step()
+        begin, start = engine.stats.num_generated_tokens, time.perf_counter()
+        while engine.stats.num_generated_tokens - begin < residents * tokens:
+            engine.step()
+        return (engine.stats.num_generated_tokens - begin) / (time.perf_counter() - start)
+    finally:
+        for name in names:
+            engine.abort(name)
