@@ -199,6 +199,9 @@ class Generator:
             "num_steps": stats.num_steps,
             "num_preemptions": stats.num_preemptions,
             "launches": dict(stats.launches),
+            "num_filled_rows": stats.num_filled_rows,
+            "num_prefill_exits": stats.num_prefill_exits,
+            "deferred_rows": dict(stats.deferred_rows),
         }
         self._board.batch_done.remote(self._name, totals, engine)
 

@@ -1,0 +1,98 @@
+"""Routers from calibration to Parquet and to the benchmarks: the programs a user runs, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tide_ray import UserError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=250, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def routers(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"number {i} of many, and {i * i}"}) + "\n" for i in range(40)))
+    done = run(
+        ROOT / "jobs" / "calibrate.py", "--model", tiny_llama_folder, "--prompts", prompts, "--output", folder / "out",
+        "--dtype", "float32", "--max-tokens", 12, "--boundaries", "2,3", "--bottleneck", 16, "--num-threads", 1,
+    )  # fmt: skip
+    assert "boundaries on held-out prompts" in done.stderr
+    assert "Suitability" in done.stderr
+    return folder / "out"
+
+
+def test_a_job_with_exits_writes_the_depth_of_every_token(ray_cluster: None, job: Any, routers: Path) -> None:
+    options = {"exits": str(routers), "exit_threshold": 0.0, "exits_when": "always", "exit_min_depth": 3}
+    code, _ = job.run(num_actors=2, num_gpus_per_actor=1, **options)
+    assert code == 0
+    rows = job.rows("data")
+    assert len(rows) == job.NUM_ROWS
+    # A threshold of 0 lets every token go at the first boundary that the minimum depth allows; the first token of an
+    # answer comes from the prompt, which runs every layer.
+    assert all(row["exit_layers"] == [4] + [3] * (len(row["exit_layers"]) - 1) for row in rows)
+    facts = job.facts()
+    assert facts["engine"]["policy"] == "router"
+    assert facts["engine"]["exits"]["boundaries"] == [2, 3]
+    counters = facts["counters"]
+    assert counters["rows_through_layer"][2] - counters["rows_through_layer"][3] == counters["num_filled_rows"] > 0
+    with pytest.raises(UserError, match="exit_threshold"):  # another setting is another job
+        job.run(**{**options, "exit_threshold": 0.5})
+
+
+def test_a_job_with_a_folder_that_is_no_checkpoint_is_refused_before_ray_starts(job: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exits must be a router checkpoint"):
+        job.run(exits=str(tmp_path / "nothing"))
+
+
+def test_the_depth_benchmark_measures_every_launch_policy_beside_its_limits(tiny_llama_folder: Path) -> None:
+    done = run(
+        ROOT / "jobs" / "benchmark.py", "depth", "--model", tiny_llama_folder, "--dtype", "float32", "--rounds", 2,
+        "--scenarios", "2:0.5", "--residents", "1,6", "--tokens", 4, "--num-threads", 1,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    (scenario,) = report["scenarios"]
+    assert [row["residents"] for row in scenario["rows"]] == [1, 6]
+    for row in scenario["rows"]:
+        assert set(row["speedup"]) == {
+            "full depth", "all rows must agree", "survivors at once", "wait for half", "chosen",
+        }  # fmt: skip
+        assert row["ceiling"] > 1
+        assert 1 <= row["bound"] < 2
+        assert row["realised"] == pytest.approx(row["speedup"]["chosen"] / row["bound"], abs=0.01)
+
+
+def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_folder: Path, routers: Path) -> None:
+    done = run(
+        ROOT / "jobs" / "benchmark.py", "exits", routers, "--model", tiny_llama_folder, "--dtype", "float32",
+        "--errors", "0.05", "--prefill-shares", "0.5", "--residents", "2", "--rounds", 2, "--max-tokens", 8,
+        "--limit", 6, "--num-threads", 1,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    base, again, exits, prefill = report["variants"]
+    assert (base["name"], base["speedup"]) == ("full depth", 1.0)
+    assert again["teacher_forced"] == [1.0, 1.0, 1.0], "float32 has no noise floor"
+    for row in (exits, prefill):
+        share, low, high = row["teacher_forced"]
+        assert 0 <= low <= share <= high <= 1
+    assert prefill["prompt_rows_stopped"] > 0
+    assert prefill["mean_depth"] == 4
+    assert set(report["residents"][0]["speedup"]) == {"full depth", "exits at 5% error"}
