@@ -26,6 +26,7 @@ from tide_ray.calibrate.sureness import Sureness
 from tide_ray.calibrate.trace import Tracer
 from tide_ray.config import EngineConfig
 from tide_ray.engine.engine import TideEngine
+from tide_ray.engine.memory import return_freed_memory
 from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, check_output_folder, fingerprint_of
 from tide_ray.exits.gates import Gate
 from tide_ray.exits.rotary import Rotary, find_rotary
@@ -64,6 +65,7 @@ class Calibration:
                 self.adapter, self.tracer, self.depths, self.config, self.progress, fits_kv=self.kinds is not None
             )
             fitted = fitter.fit(splits["fit"])
+            return_freed_memory()
         with self._timed("judge"):
             heads = fitter.ready(fitted.heads)
             judge = Judge(self.adapter, self.tracer, heads, fitter.ready(fitted.kv_heads), fitted.kv_scales)
@@ -191,6 +193,9 @@ def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _sha
     depths = candidate_depths(adapter.num_layers, config.boundaries)
     examples = _examples(config, engine, progress)
     generated = time.perf_counter()
+    # Whole sequences attend within their launch, so what generation left in the pages is not needed any more.
+    engine.runner.pools.release()
+    return_freed_memory()
     splits = split(examples, config.seed)
     calibration = Calibration(engine, config, depths, progress)
     boundaries, metrics = calibration.run(splits)

@@ -21,7 +21,7 @@ from tide_ray.models.adapter import Adapter
 
 PENALTY_SHARE = 0.1
 """Share of the sequences that chooses penalties, and whether a refined head is better."""
-MAX_ROWS = 24_576
+MAX_ROWS = 16_384
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, from 0 to 1."""

@@ -15,7 +15,7 @@ from tide_ray.calibrate.trace import Tracer, TraceRows
 from tide_ray.exits.readouts import ExitHead, KVHead
 from tide_ray.models.adapter import Adapter
 
-MAX_ROWS = 24_576
+MAX_ROWS = 16_384
 CHUNK = 512
 
 

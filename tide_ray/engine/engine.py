@@ -17,7 +17,7 @@ from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
 from tide_ray.engine.kv_cache import KVCache, PagePool
-from tide_ray.engine.memory import keep_freed_memory, plan_memory
+from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
@@ -51,10 +51,11 @@ class TideEngine:
         self.config = config = config or EngineConfig()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        if model.device.type == "cpu":
-            keep_freed_memory()
         if can_pack(model.device, model.dtype):
             pack_linears(model.model)
+        if model.device.type == "cpu":
+            return_freed_memory()
+            keep_freed_memory()
         with torch.inference_mode():
             adapter = Adapter(model.model)
         routers = load_routers(config, model, adapter) if routers is None else routers

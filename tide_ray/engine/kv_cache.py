@@ -57,6 +57,12 @@ class KVCache:
             self.key_pools += list(keys)
             self.value_pools += list(values)
 
+    def release(self) -> None:
+        """Free the pools, for good: nothing can be written or read any more."""
+        self.key_pools.clear()
+        self.value_pools.clear()
+        self._joined.clear()
+
     def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Store K/V rows ``[N, H_kv, d]`` at page numbers and offsets ``[N]`` of one layer."""
         self.key_pools[layer][pages, :, offsets] = key

@@ -48,6 +48,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TOP_PAD, HEAP_STEP)
 
 
+def return_freed_memory() -> None:
+    """Give what was freed back to the system, once: after loading weights, or between phases that share little."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: free device memory, or available RAM within the container's limit."""
     if device.type == "cuda":
