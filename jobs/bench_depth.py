@@ -28,6 +28,9 @@ from tide_ray.models.adapter import KVShape
 
 PROMPT_TOKENS = 64
 WARM_STEPS = 4
+MIN_TOKENS = 128
+STAGGER = 40
+"""Tokens that sequences prefilled first, or exiting often, may be ahead of the others beside twice the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def run_depth(
         dtype=dtype,
         num_threads=num_threads,
         max_num_seqs=max(residents),
-        max_model_len=PROMPT_TOKENS + 8 * tokens,
+        max_model_len=PROMPT_TOKENS + max(answer_room(count, tokens) for count in residents),
         kv_memory_fraction=0.3,
     )
     full = TideEngine(loaded, config)
@@ -153,10 +156,11 @@ def _measure(
         Contender("wait for half", exiting, policy(lambda: WaitForFull(share))),
         Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share]))),
     ]
+    prompts = random_prompts(residents, full.runner.adapter.config.vocab_size)
     for number in range(rounds):
         for contender in contenders if number % 2 == 0 else reversed(contenders):
             contender.prepare()
-            contender.rates.append(decode_rate(contender.engine, residents, tokens))
+            contender.rates.append(decode_rate(contender.engine, prompts, tokens))
     base = contenders[0].rate
     best = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0)
     chosen = best_plan(costs, residents, [share])
@@ -181,14 +185,12 @@ def _measure(
     }
 
 
-def decode_rate(engine: TideEngine, residents: int, tokens: int) -> float:
-    """Tokens per second while exactly ``residents`` sequences decode, ``tokens`` for each on average."""
-    params = SamplingParams(temperature=0, max_tokens=8 * tokens, ignore_eos=True)
-    generator = torch.Generator().manual_seed(residents)
-    vocab = engine.runner.adapter.config.vocab_size
-    names = [f"bench-{n}" for n in range(residents)]
-    for name in names:
-        ids = torch.randint(3, vocab, (PROMPT_TOKENS,), generator=generator).tolist()
+def decode_rate(engine: TideEngine, prompts: Sequence[list[int]], tokens: int) -> float:
+    """Tokens per second while exactly these prompts decode, ``tokens`` for each on average, more where they are few."""
+    params = SamplingParams(temperature=0, max_tokens=answer_room(len(prompts), tokens), ignore_eos=True)
+    tokens = tokens_each(len(prompts), tokens)
+    names = [f"bench-{n}" for n in range(len(prompts))]
+    for name, ids in zip(names, prompts, strict=True):
         engine.add_request(name, ids, params)
     stats = engine.stats
     try:
@@ -198,7 +200,8 @@ def decode_rate(engine: TideEngine, residents: int, tokens: int) -> float:
             engine.step()
         begin = stats.num_generated_tokens
         start = time.perf_counter()
-        while stats.num_generated_tokens - begin < residents * tokens:
+        while stats.num_generated_tokens - begin < len(prompts) * tokens:
+            assert len(engine.scheduler.residents) == len(prompts), "an answer ended within the run"
             engine.step()
         if engine.runner.adapter.device.type == "cuda":
             torch.cuda.synchronize()
@@ -206,3 +209,20 @@ def decode_rate(engine: TideEngine, residents: int, tokens: int) -> float:
     finally:
         for name in names:
             engine.abort(name)
+
+
+def tokens_each(residents: int, tokens: int) -> int:
+    """Tokens per resident in a run: a run of few residents would be over before it can be timed."""
+    return max(tokens, MIN_TOKENS // residents)
+
+
+def answer_room(residents: int, tokens: int) -> int:
+    """Tokens that an answer may have, so that none ends within a run."""
+    tokens = tokens_each(residents, tokens)
+    return 2 * WARM_STEPS + tokens + (tokens + STAGGER if residents > 1 else 0)
+
+
+def random_prompts(count: int, vocab_size: int) -> list[list[int]]:
+    """``count`` prompts of PROMPT_TOKENS random tokens."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(3, vocab_size, (count, PROMPT_TOKENS), generator=generator).tolist()

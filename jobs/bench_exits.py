@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_depth import WARM_STEPS
+from bench_depth import PROMPT_TOKENS, answer_room, decode_rate
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
@@ -27,6 +27,7 @@ from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import LoadedModel, load
 
 BOOTSTRAPS = 1000
+DECODE_TOKENS = 24
 
 
 @dataclass(slots=True)
@@ -93,7 +94,11 @@ def run_exits(
     settings: dict[str, Any] = {
         "dtype": workload.dtype,
         "max_num_seqs": max(max_num_seqs, *residents) if residents else max_num_seqs,
-        "max_model_len": max(map(len, prompts)) + workload.max_tokens,
+        "max_model_len": max(
+            max(map(len, prompts)) + workload.max_tokens,
+            *(PROMPT_TOKENS + answer_room(count, DECODE_TOKENS) for count in residents),
+            1,
+        ),
         "kv_memory_fraction": 0.15,
         "num_threads": num_threads,
     }
@@ -217,9 +222,10 @@ def _at_residents(
     names = ["full depth", *(variant.name for variant in variants[: len(engines)])]
     rates: dict[str, list[float]] = {name: [] for name in names}
     pairs = list(zip(names, [full, *engines], strict=True))
+    shorts = [prompts[n % len(prompts)][:PROMPT_TOKENS] for n in range(residents)]
     for number in range(rounds):
         for name, engine in pairs if number % 2 == 0 else reversed(pairs):
-            rates[name].append(_decode_rate(engine, prompts, residents))
+            rates[name].append(decode_rate(engine, shorts, DECODE_TOKENS))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "residents": residents,
@@ -229,22 +235,3 @@ def _at_residents(
             name: engine.describe()["exits"]["boundaries_on"] for name, engine in pairs if engine is not full
         },
     }
-
-
-def _decode_rate(engine: TideEngine, prompts: list[list[int]], residents: int, tokens: int = 24) -> float:
-    params = SamplingParams(temperature=0, max_tokens=2 * tokens + WARM_STEPS, ignore_eos=True)
-    names = [f"bench-{n}" for n in range(residents)]
-    for n, name in enumerate(names):
-        engine.add_request(name, prompts[n % len(prompts)][:64], params)
-    try:
-        while engine.scheduler.waiting or not all(s.is_decoding for s in engine.scheduler.residents):
-            engine.step()
-        for _ in range(WARM_STEPS):
-            engine.step()
-        begin, start = engine.stats.num_generated_tokens, time.perf_counter()
-        while engine.stats.num_generated_tokens - begin < residents * tokens:
-            engine.step()
-        return (engine.stats.num_generated_tokens - begin) / (time.perf_counter() - start)
-    finally:
-        for name in names:
-            engine.abort(name)
