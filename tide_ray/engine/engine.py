@@ -222,7 +222,7 @@ class TideEngine:
 
     def _advance(self) -> None:
         spans = self.scheduler.schedule()
-        if not spans and not self.scheduler.has_residents:
+        if not spans and not self.scheduler.residents:
             return
         for sequence in self.committer.commit(spans, self.runner.run(spans)):
             request = self._requests.get(sequence.request_id)

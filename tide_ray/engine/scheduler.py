@@ -56,10 +56,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.residents)
 
-    @property
-    def has_residents(self) -> bool:
-        return bool(self.residents)
-
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
