@@ -27,8 +27,8 @@ class TraceRows:
     ``states``: unit-rms state at each depth asked for, ``[N, D]``; ``final``: the pre-norm state after the last layer,
     ``[N, D]``; ``keys_values``: K (unrotated) and V of the layers from the shallowest depth on, flat in the
     column order of ``KVHead``, ``[N, W]`` float32, or None; ``cosines``: each depth's cosine with the final state;
-    ``is_judged``: bool ``[N]``, rows whose next token counts; ``positions`` and ``lengths`` (of the row's sequence)
-    and ``first_judged``: int ``[N]``; ``sequences``: number of the row's sequence, over the whole trace.
+    ``is_judged``: bool ``[N]``, rows whose next token counts; ``positions`` and ``first_judged``
+    (of the row's sequence): int ``[N]``; ``sequences``: number of the row's sequence, over the whole trace.
     """
 
     states: dict[int, Tensor]

@@ -42,7 +42,9 @@ class Lane:
     @property
     def may_wait(self) -> bool:
         """Its rows may wait for a deeper stage: its last row is asked and all others follow it."""
-        return bool(self.fates[-1] == ASKED and (self.fates[:-1] == FOLLOWS).all())
+        if self.fates[-1] != ASKED:
+            return False
+        return len(self.fates) == 1 or bool((self.fates[:-1] == FOLLOWS).all())
 
     def select(self, kept: np.ndarray) -> Lane:
         """The lane with the rows for which ``kept`` holds. It chooses no token once its last row has left."""

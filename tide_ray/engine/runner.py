@@ -103,9 +103,8 @@ class Runner:
         return plan.is_on, self.planner.probes
 
     def _launch(self, stage: Stage, flow: Flow) -> None:
-        flow.hidden = stage.run(self.adapter, flow.hidden[None], flow.calls, flow.cache, self.stats.rows_through_layer)[
-            0
-        ]
+        packed = flow.hidden[None]
+        flow.hidden = stage.run(self.adapter, packed, flow.calls, flow.cache, self.stats.rows_through_layer)[0]
         self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
         num_deferred = sum(int((lane.fates == FOLLOWS).sum()) for lane in flow.lanes if lane.num_rows > 1)
         if num_deferred:
