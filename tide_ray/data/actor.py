@@ -25,6 +25,7 @@ import torch
 from tide_ray.config import EngineConfig
 from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.prompts import PARAMS_COLUMN, non_default_params, parse_messages, parse_sampling_params
+from tide_ray.data.reports import Reporter
 from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, TIMES, TOKEN_IDS
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
@@ -68,6 +69,7 @@ class GeneratorOptions:
         continues_on_error: a rejected row gets its reason in the error column; otherwise it fails the data set.
         ledger_folder: where to note rows that are being run, to give up on rows that kill the process.
         ledger_key: the column that identifies rows there.
+        reports_folder: where the actor reports what it has done; see ``reports``.
     """
 
     wraps_strings: bool = False
@@ -77,6 +79,7 @@ class GeneratorOptions:
     continues_on_error: bool = False
     ledger_folder: str | None = None
     ledger_key: str = "row_id"
+    reports_folder: str | None = None
 
 
 class Generator:
@@ -86,14 +89,12 @@ class Generator:
         model: what ``TideEngine.from_pretrained`` takes.
         config: the engine's settings.
         options: how rows become requests.
-        board: a Ray actor handle of ``progress.Board`` to report to, or None.
     """
 
-    def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions, board: Any = None) -> None:
+    def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions) -> None:
         self._options = options
-        self._board = board
-        self._has_rows = False
-        self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._reporter = Reporter(options.reports_folder, name) if options.reports_folder else None
         try:
             self._async_engine = AsyncEngine(partial(self._make_engine, model, config))
             self._engine = self._async_engine.engine
@@ -102,11 +103,8 @@ class Generator:
             self._report_failure(error)
             raise
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
-        if board is not None:
-            import ray
-
-            # Waited for, so that facts about the engine are known wherever its results are.
-            ray.get(board.engine_started.remote(self._name, self._engine.describe()))
+        if self._reporter is not None:
+            self._reporter.engine_started(self._engine.describe())
 
     def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
         return TideEngine.from_pretrained(model, config)
@@ -114,7 +112,8 @@ class Generator:
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Generate for each row. Yields one table: ``batch``'s columns and RESULT_SCHEMA's, rows in input order."""
         names = [n for n in ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN) if n in batch.column_names]
-        self._report_first_rows()
+        if self._reporter is not None:
+            self._reporter.rows_arrived()
         rows = batch.select(names).to_pylist() if names else [{} for _ in range(batch.num_rows)]
         batch_uuid = uuid.uuid4().hex
         try:
@@ -179,13 +178,8 @@ class Generator:
         if self._options.system_prompt is not None and not self._has_chat_template:
             raise UserError("system_prompt needs a chat template, the model's tokenizer has none")
 
-    def _report_first_rows(self) -> None:
-        if self._board is not None and not self._has_rows:
-            self._board.rows_arrived.remote()
-        self._has_rows = True
-
     def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
-        if self._board is None:
+        if self._reporter is None:
             return
         stats = self._engine.stats
         totals = {
@@ -203,13 +197,11 @@ class Generator:
             "num_prefill_exits": stats.num_prefill_exits,
             "deferred_rows": dict(stats.deferred_rows),
         }
-        self._board.batch_done.remote(self._name, totals, engine)
+        self._reporter.batch_done(totals, engine, self._engine.describe_exits())
 
     def _report_failure(self, error: Exception) -> None:
-        if self._board is not None:
-            import ray
-
-            ray.get(self._board.failed.remote(f"{error}", isinstance(error, UserError)))
+        if self._reporter is not None:
+            self._reporter.failed(f"{error}", isinstance(error, UserError))
 
     def _leave_if_fatal(self, error: Exception) -> None:
         cause = error.__cause__ if error.__cause__ is not None else error

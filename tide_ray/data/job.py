@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from tide_ray.data.cluster import connected, quiet_ray
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.job_folder import JobError, JobFolder
 from tide_ray.data.lock import locked
-from tide_ray.data.progress import Board, ProgressBar
+from tide_ray.data.progress import ProgressBar
+from tide_ray.data.reports import Reports
 from tide_ray.data.run_facts import job_fields, print_summary, software_versions
 from tide_ray.data.snapshot import Snapshot, write_snapshot
 from tide_ray.types import UserError
@@ -102,32 +102,34 @@ class _Generation:
     fields: dict[str, Any]
     console: Console
 
+    @property
+    def reports(self) -> Reports:
+        return Reports(str(self.folder.scratch / "reports"))
+
     def run(self, todo: Path, num_left: int) -> dict[str, Any]:
         """Generate the rows in ``todo`` and commit them. Returns facts about the engines and their work."""
         start = time.perf_counter()
         is_verbose = self.config.verbose
         with connected(self.config.address, is_verbose=is_verbose):
-            import ray
-
-            board: Any = ray.remote(num_cpus=0)(Board).remote()
             bar = ProgressBar(
                 self.console,
                 total=self.snapshot.num_rows,
                 done=self.snapshot.num_rows - num_left,
-                read=partial(_ask, board, "totals"),
+                read=self.reports.totals,
             )
             with quiet_ray(is_verbose=is_verbose):
-                dataset, sink = self._plan(todo, num_left, board)
+                dataset, sink = self._plan(todo, num_left)
                 try:
                     with bar:
                         dataset.write_datasink(sink)
                 except Exception as error:  # Ray wraps what happened in a worker in errors of many kinds
-                    raise _explained(error, _ask(board, "failure")) from error
-            engine, counters, totals = (_ask(board, what) for what in ("engine_facts", "counters", "totals"))
+                    raise _explained(error, self.reports.failure()) from error
+        totals = self.reports.totals()
         seconds = totals["seconds"]
         return {
-            "engine": engine,
-            "counters": counters,
+            "engine": self.reports.engine_facts(),
+            "final_exits": self.reports.final_exits(),
+            "counters": self.reports.counters(),
             "num_actors": self.config.num_actors,
             "wall_seconds": round(time.perf_counter() - start, 3),
             "generation_seconds": round(seconds, 3),
@@ -136,7 +138,7 @@ class _Generation:
             "tokens_per_second": round(totals["tokens"] / seconds, 1) if seconds else 0.0,
         }
 
-    def _plan(self, todo: Path, num_left: int, board: Any) -> tuple[Any, Any]:
+    def _plan(self, todo: Path, num_left: int) -> tuple[Any, Any]:
         import ray
 
         from tide_ray.data.actor import GeneratorOptions
@@ -163,8 +165,8 @@ class _Generation:
                 returns_given_prompt=True,
                 continues_on_error=True,
                 ledger_folder=str(self.folder.scratch / "running"),
+                reports_folder=self.reports.folder,
             ),
-            board=board,
             max_batches_per_actor=-(-num_batches // config.num_actors),
         )
         sink = ParquetSink(
@@ -173,15 +175,9 @@ class _Generation:
             attempt=self.folder.attempt,
             rows_per_part=config.rows_per_part or default_rows_per_part(num_left, batch_size),
             facts={**self.fields, "model": config.model},
-            late_facts=partial(_ask, board, "engine_facts"),
+            late_facts=self.reports.engine_facts,
         )
         return processor(ray.data.read_parquet(str(todo))), sink
-
-
-def _ask(board: Any, what: str) -> Any:
-    import ray
-
-    return ray.get(getattr(board, what).remote())
 
 
 def _explained(error: Exception, failure: tuple[str, bool] | None) -> Exception:

@@ -98,7 +98,6 @@ class Processor:
         postprocess: RowFunction | None = None,
         *,
         options: GeneratorOptions | None = None,
-        board: Any = None,
         max_batches_per_actor: int | None = None,
         generator: type[Generator] = Generator,
     ) -> None:
@@ -108,7 +107,6 @@ class Processor:
         self._options = options or GeneratorOptions(
             apply_chat_template=config.apply_chat_template, continues_on_error=config.should_continue_on_error
         )
-        self._board = board
         self._max_batches = max_batches_per_actor or MAX_CONCURRENT_BATCHES
         self._generator = generator
 
@@ -133,7 +131,6 @@ class Processor:
                 "model": config.model_source,
                 "config": _on_this_node(engine, placement),
                 "options": self._options,
-                "board": self._board,
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",

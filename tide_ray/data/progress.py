@@ -1,9 +1,8 @@
-"""What the actors report, and how the job shows it: a board that adds up, and a bar that looks at the board."""
+"""How the job shows what its actors have done: a bar that looks at their reports."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,67 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 REFRESH_SECONDS = 1.0
 
 
-class Board:
-    """Sums over all actors; the job runs one as a Ray actor. A batch that runs again after a death counts twice."""
-
-    def __init__(self) -> None:
-        self._totals = {"rows": 0, "errors": 0, "tokens": 0, "depths": 0}
-        self._first_start: float | None = None
-        self._last_batch: float | None = None
-        self._engines: dict[str, dict[str, Any]] = {}
-        self._counters: dict[str, dict[str, Any]] = {}
-        self._failure: tuple[str, bool] | None = None
-
-    def engine_started(self, name: str, facts: dict[str, Any]) -> None:
-        self._engines[name] = facts
-
-    def rows_arrived(self) -> None:
-        """An actor got its first rows: generating begins, and starting up (Ray's and the engine's) is over."""
-        self._first_start = self._first_start or time.perf_counter()
-
-    def batch_done(self, name: str, totals: dict[str, int], counters: dict[str, Any]) -> None:
-        """Add one batch's totals; ``counters`` are the engine's own since its start and replace those before."""
-        for key, value in totals.items():
-            self._totals[key] += value
-        self._counters[name] = counters
-        self._last_batch = time.perf_counter()
-
-    def failed(self, message: str, is_user_error: bool) -> None:
-        """The first failure is kept: later ones are its consequences."""
-        self._failure = self._failure or (message, is_user_error)
-
-    def totals(self) -> dict[str, Any]:
-        """Sums of the batches' totals, engines that started, and seconds from the first rows to the last batch."""
-        seconds = (self._last_batch or 0.0) - (self._first_start or 0.0)
-        return {**self._totals, "engines": len(self._engines), "seconds": max(seconds, 0.0)}
-
-    def failure(self) -> tuple[str, bool] | None:
-        """Message of the first failure and whether it is a UserError."""
-        return self._failure
-
-    def engine_facts(self) -> dict[str, Any]:
-        """What the first engine said of itself; all engines of a job are alike."""
-        return next(iter(self._engines.values()), {})
-
-    def counters(self) -> dict[str, Any]:
-        """The engines' counters, summed."""
-        summed: dict[str, Any] = {}
-        for counters in self._counters.values():
-            for key, value in counters.items():
-                summed[key] = _add(summed[key], value) if key in summed else value
-        return summed
-
-
-def _add(a: Any, b: Any) -> Any:
-    if isinstance(a, list):
-        return [x + y for x, y in zip(a, b, strict=True)]
-    if isinstance(a, dict):
-        return {key: a.get(key, 0) + b.get(key, 0) for key in {**a, **b}}
-    return a + b
-
-
 class ProgressBar:
-    """Shows rows, tokens/s and mean depth until the block ends. ``read`` returns the board's totals."""
+    """Shows rows, tokens/s and mean depth until the block ends. ``read`` returns ``Reports.totals``."""
 
     def __init__(self, console: Console, *, total: int, done: int, read: Callable[[], dict[str, Any]]) -> None:
         self._read = read

@@ -241,7 +241,7 @@ class TideEngine:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
             "policy": "router" if self.routers is not None and config.policy == "auto" else config.resolved_policy,
-            "exits": describe_exits(config, self.routers, self.runner),
+            "exits": self.describe_exits(),
             "stages": [
                 {"name": stage.name, "layers": list(stage.layers), "depth": stage.depth} for stage in self.runner.stages
             ],
@@ -253,6 +253,10 @@ class TideEngine:
             "page_size": config.page_size,
             "num_threads": torch.get_num_threads(),
         }
+
+    def describe_exits(self) -> dict[str, Any] | None:
+        """The checkpoint, the settings of exits and the launch plan as it is now; None without exits."""
+        return describe_exits(self.config, self.routers, self.runner)
 
     # ---- making requests ----
 

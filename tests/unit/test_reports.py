@@ -1,0 +1,58 @@
+"""What actors report and what the job makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tide_ray.data.reports import Reporter, Reports
+
+
+def batch(rows: int, tokens: int) -> dict[str, int]:
+    return {"rows": rows, "errors": 0, "tokens": tokens, "depths": 30 * tokens}
+
+
+def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([10.0, 12.0, 15.0, 19.0])
+    monkeypatch.setattr("tide_ray.data.reports.time.time", lambda: next(clock))
+    first, second = (Reporter(str(tmp_path / "reports"), name) for name in ("a", "b"))
+    for reporter in (first, second):
+        reporter.engine_started({"model": "demo"})
+        reporter.rows_arrived()
+    first.rows_arrived()  # later rows do not start the clock again
+    first.batch_done(batch(2, 50), {"num_steps": 7, "launches": {"full": 7}}, None)
+    second.batch_done(batch(3, 70), {"num_steps": 5, "launches": {"full": 5}}, {"boundaries_on": [True]})
+
+    reports = Reports(str(tmp_path / "reports"))
+
+    assert reports.totals() == {"rows": 5, "errors": 0, "tokens": 120, "depths": 3600, "engines": 2, "seconds": 9.0}
+    assert reports.counters() == {"num_steps": 12, "launches": {"full": 12}}
+    assert reports.engine_facts() == {"model": "demo"}
+    assert reports.final_exits() == [{"boundaries_on": [True]}]
+    assert reports.failure() is None
+
+
+def test_counters_are_the_engines_own_since_its_start_and_are_not_added_up_over_batches(tmp_path: Path) -> None:
+    reporter = Reporter(str(tmp_path), "a")
+    reporter.batch_done(batch(1, 10), {"num_steps": 4}, None)
+    reporter.batch_done(batch(1, 10), {"num_steps": 9}, None)
+    assert Reports(str(tmp_path)).counters() == {"num_steps": 9}
+    assert Reports(str(tmp_path)).totals()["tokens"] == 20
+
+
+def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
+    second, first = (Reporter(str(tmp_path), name) for name in ("a", "b"))
+    first.failed("model: no such folder", True)
+    second.failed("a consequence", False)
+    first.failed("a later one of the same actor", False)
+    assert Reports(str(tmp_path)).failure() == ("model: no such folder", True)
+
+
+def test_before_any_actor_is_up_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    reports = Reports(str(tmp_path / "not made yet"))
+    assert reports.totals()["engines"] == 0
+    assert reports.failure() is None
+    assert reports.engine_facts() == {}

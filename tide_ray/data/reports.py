@@ -1,0 +1,107 @@
+"""What the actors report to the job: each keeps a file of its own in a folder that all see, the job adds them up.
+
+Files instead of an actor to report to: a Ray actor takes a process, which wakes a hundred times a second beside the
+engines, and dies with its node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+TOTALS = ("rows", "errors", "tokens", "depths")
+
+
+class Reporter:
+    """One actor's report, rewritten whole at every change.
+
+    Args:
+        folder: made if need be; removed with the job's other temporary files.
+        name: unique among the job's actors, restarted ones included.
+    """
+
+    def __init__(self, folder: str, name: str) -> None:
+        self._path = Path(folder) / f"{name}.json"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._report: dict[str, Any] = {"totals": dict.fromkeys(TOTALS, 0)}
+
+    def engine_started(self, facts: dict[str, Any]) -> None:
+        """``facts``: what the engine says of itself."""
+        self._write(engine=facts)
+
+    def rows_arrived(self) -> None:
+        """The first rows are here: generating begins, and starting up (Ray's and the engine's) is over."""
+        if "first_rows" not in self._report:
+            self._write(first_rows=time.time())
+
+    def batch_done(self, totals: dict[str, int], counters: dict[str, Any], exits: dict[str, Any] | None) -> None:
+        """Add one batch's ``totals``; ``counters`` and ``exits`` (the launch plan) are the engine's as they are now."""
+        summed = {key: self._report["totals"][key] + totals[key] for key in TOTALS}
+        self._write(totals=summed, counters=counters, exits=exits, last_batch=time.time())
+
+    def failed(self, message: str, is_user_error: bool) -> None:
+        """Why this actor cannot go on. The first failure is kept: later ones are its consequences."""
+        if "failure" not in self._report:
+            self._write(failure=[message, is_user_error], failed_at=time.time())
+
+    def _write(self, **changes: Any) -> None:
+        self._report |= changes
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self._report), encoding="utf-8")
+        os.replace(unfinished, self._path)
+
+
+class Reports:
+    """All actors' reports as they are now. A batch that runs again after a death counts twice."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def totals(self) -> dict[str, Any]:
+        """Sums of the batches' totals, engines that started, and seconds from the first rows to the last batch."""
+        reports = self._read()
+        starts = [report["first_rows"] for report in reports if "first_rows" in report]
+        ends = [report["last_batch"] for report in reports if "last_batch" in report]
+        return {
+            **{key: sum(report["totals"][key] for report in reports) for key in TOTALS},
+            "engines": sum("engine" in report for report in reports),
+            "seconds": max(max(ends) - min(starts), 0.0) if starts and ends else 0.0,
+        }
+
+    def failure(self) -> tuple[str, bool] | None:
+        """Message of the first failure and whether it is a UserError."""
+        failed = [report for report in self._read() if "failure" in report]
+        if not failed:
+            return None
+        message, is_user_error = min(failed, key=lambda report: report["failed_at"])["failure"]
+        return message, is_user_error
+
+    def engine_facts(self) -> dict[str, Any]:
+        """What an engine said of itself as it started; all engines of a job are alike."""
+        return next((report["engine"] for report in self._read() if "engine" in report), {})
+
+    def final_exits(self) -> list[dict[str, Any]]:
+        """What each engine's launch planner had come to at its last batch; empty without exits."""
+        return [report["exits"] for report in self._read() if report.get("exits")]
+
+    def counters(self) -> dict[str, Any]:
+        """The engines' counters, summed."""
+        summed: dict[str, Any] = {}
+        for report in self._read():
+            for key, value in report.get("counters", {}).items():
+                summed[key] = _add(summed[key], value) if key in summed else value
+        return summed
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(self.folder).glob("*.json"))]
+
+
+def _add(a: Any, b: Any) -> Any:
+    if isinstance(a, list):
+        return [x + y for x, y in zip(a, b, strict=True)]
+    if isinstance(a, dict):
+        return {key: a.get(key, 0) + b.get(key, 0) for key in {**a, **b}}
+    return a + b
