@@ -8,12 +8,10 @@ against itself in another batch composition.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ import torch
 from bench_depth import PROMPT_TOKENS, answer_room, decode_rate
 from bench_workload import Workload
 
-from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
+from tide_ray import EngineConfig, SamplingParams, TideEngine
 from tide_ray.engine.sampler import SampledTokens, Sampler, SamplingRow
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import LoadedModel, load
@@ -54,25 +52,6 @@ class FollowingSampler(Sampler):
             self.same[row.seed].append(chosen.token_ids[n] == wanted)
             chosen.token_ids[n] = wanted
         return chosen
-
-
-def few_shot_texts(path: str, shots: int, count: int) -> list[str]:
-    """Questions of a JSONL file with prompt and answer, each after ``shots`` solved ones that no other question shares.
-
-    Raises:
-        UserError: the file has too few rows, or rows without the two columns.
-    """
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        solved = [f"Question: {row['prompt']}\nAnswer: {row['answer']}" for row in rows]
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"few_shot needs JSONL with prompt and answer, got {path!r} ({error})") from None
-    if count * (shots + 1) > len(rows):
-        raise UserError(f"limit: {path!r} has {len(rows)} rows, {count} prompts of {shots} shots need more")
-    return [
-        "\n\n".join([*solved[count + n * shots : count + (n + 1) * shots], f"Question: {rows[n]['prompt']}\nAnswer:"])
-        for n in range(count)
-    ]
 
 
 def run_exits(

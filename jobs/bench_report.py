@@ -1,4 +1,4 @@
-"""The throughput benchmark's facts as tables."""
+"""The benchmarks' facts as tables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from rich.table import Table
 
 def print_report(facts: dict[str, Any]) -> None:
     """Print the contenders, the profile and the Ray job's overhead."""
-    console = Console()
-    console.print(
-        f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}; "
+    console = _headed(
+        facts,
         f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens on average, at most {facts['max_tokens']} "
-        f"new; {facts['rounds']} rounds; {facts['date']}"
+        f"new; {facts['rounds']} rounds",
     )
     table = Table(title="throughput", title_justify="left")
     for column in ("contender", "batch", "tokens/s", "slowest to fastest", "over best HF"):
@@ -46,11 +45,7 @@ def print_report(facts: dict[str, Any]) -> None:
 
 def print_depth_report(facts: dict[str, Any]) -> None:
     """Print, for every scenario and number of residents, the launch policies beside their limits."""
-    console = Console()
-    console.print(
-        f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}, "
-        f"{facts['num_layers']} layers; {facts['kv_policy']} K/V; {facts['rounds']} rounds; {facts['date']}"
-    )
+    console = _headed(facts, f"{facts['num_layers']} layers; {facts['kv_policy']} K/V; {facts['rounds']} rounds")
     for scenario in facts["scenarios"]:
         names = [name for name in scenario["rows"][0]["speedup"] if name != "full depth"]
         title = f"{scenario['share']:.0%} of tokens exit at depth {scenario['depth']}: speed-up over full depth"
@@ -69,11 +64,10 @@ def print_depth_report(facts: dict[str, Any]) -> None:
 
 def print_exits_report(facts: dict[str, Any]) -> None:
     """Print speed and agreement of every variant, and decode rates by residents."""
-    console = Console()
-    console.print(
-        f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}; boundaries "
-        f"{facts['boundaries']}, {facts['kv_policy']} K/V; {facts['prompts']} prompts of {facts['mean_prompt_tokens']} "
-        f"tokens, at most {facts['max_tokens']} new; {facts['rounds']} rounds; {facts['date']}"
+    console = _headed(
+        facts,
+        f"boundaries {facts['boundaries']}, {facts['kv_policy']} K/V; {facts['prompts']} prompts of "
+        f"{facts['mean_prompt_tokens']} tokens, at most {facts['max_tokens']} new; {facts['rounds']} rounds",
     )
     table = Table(title="exits against full depth", title_justify="left")
     for column in ("variant", "tok/s", "speed-up", "ceiling", "agreement (95 %)", "same answers", "depth", "prompt"):
@@ -102,3 +96,46 @@ def print_exits_report(facts: dict[str, Any]) -> None:
             marks = [f"{row['speedup'][n]:.2f}{'' if any(row['boundaries_on'][n]) else ' (off)'}" for n in names]
             speeds.add_row(str(row["residents"]), f"{row['tokens_per_second']['full depth']:,.0f}", *marks)
         console.print(speeds)
+
+
+def print_quality_report(facts: dict[str, Any]) -> None:
+    """Print agreement with full depth by K/V policy, and by who chooses the prompt tokens that stop."""
+    console = _headed(
+        facts,
+        f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens, {facts['judged_tokens']} tokens judged",
+    )
+    console.print(
+        f"noise floor: full depth agrees with itself {facts['floor_launches']:.4f} in smaller launches, "
+        f"{facts['floor_generation']:.4f} between generating and reading"
+    )
+    levels = list(facts["boundaries"][0]["exits"])
+    table = Table(title="agreement with full depth by K/V of skipped layers", title_justify="left")
+    for column in ("depth", "K/V", "prompt stops", "half stops", *(f"exits at {float(v):.0%} error" for v in levels)):
+        table.add_column(column, justify="right")
+    for row in facts["boundaries"]:
+        for policy in row["half"]:
+            prompt = row["prompt"].get(policy)
+            exits = [f"{row['exits'][v][policy]:.3f} ({row['exits'][v]['share']:.0%})" for v in levels]
+            cells = ("-" if prompt is None else f"{prompt:.3f}", f"{row['half'][policy]:.3f}", *exits)
+            table.add_row(str(row["depth"]), policy, *cells)
+    console.print(table)
+    orders = ("random", "gate", "oracle", "earliest")
+    prefill = Table(title="agreement when a share of the prompt tokens stops, by who chooses", title_justify="left")
+    for column in ("depth", "share", *orders, "recovered"):
+        prefill.add_column(column, justify="right")
+    for row in facts["boundaries"]:
+        for one in row["prefill"]:
+            cells = (
+                *(f"{one[order]:.4f}" for order in orders),
+                f"{one['recovered']:.0%}" if one["recovered"] is not None else "-",
+            )
+            prefill.add_row(str(row["depth"]), f"{one['share']:.0%}", *cells)
+    console.print(prefill)
+
+
+def _headed(facts: dict[str, Any], what: str) -> Console:
+    """A console that has said where, with which model and when it was measured."""
+    console = Console()
+    where = f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}"
+    console.print(f"{where}; {what}; {facts['date']}")
+    return console

@@ -64,6 +64,25 @@ class Workload:
         return ids
 
 
+def few_shot_texts(path: str, shots: int, count: int) -> list[str]:
+    """Questions of a JSONL file with prompt and answer, each after ``shots`` solved ones that no other question shares.
+
+    Raises:
+        UserError: the file has too few rows, or rows without the two columns.
+    """
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        solved = [f"Question: {row['prompt']}\nAnswer: {row['answer']}" for row in rows]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"few_shot needs JSONL with prompt and answer, got {path!r} ({error})") from None
+    if count * (shots + 1) > len(rows):
+        raise UserError(f"limit: {path!r} has {len(rows)} rows, {count} prompts of {shots} shots need more")
+    return [
+        "\n\n".join([*solved[count + n * shots : count + (n + 1) * shots], f"Question: {rows[n]['prompt']}\nAnswer:"])
+        for n in range(count)
+    ]
+
+
 def _read_source(source: str) -> list[str]:
     path, _, count = source.rpartition(":")
     if not count.isdigit() or Path(source).is_file():

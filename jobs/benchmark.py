@@ -1,7 +1,8 @@
 """Benchmarks: ratios in one run, contenders interleaved, medians with their spread, and a last line of JSON.
 
 ``python jobs/benchmark.py throughput`` compares the engine at full depth with HuggingFace ``generate`` in static
-batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine.
+batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``depth``
+measures forced exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    pass
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -140,19 +144,13 @@ def exits(
 ) -> None:
     """A router checkpoint against full depth: speed, agreement with full depth, and their limits."""
     with _errors():
-        from bench_exits import few_shot_texts, run_exits
+        from bench_exits import run_exits
         from bench_machine import machine_facts, num_cores
         from bench_report import print_exits_report
-        from bench_workload import Workload
 
         machine = machine_facts(num_threads or num_cores())
-        if few_shot is not None:
-            texts = few_shot_texts(few_shot, _positive("shots", shots), limit or 64)
-            workload = Workload(model, dtype, max_tokens, [f"{Path(few_shot).name}, {shots} shots"], texts)
-        else:
-            workload = Workload.read(prompts or [], model=model, dtype=dtype, max_tokens=max_tokens, limit=limit)
         measured = run_exits(
-            workload,
+            _workload(prompts, few_shot, shots, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
             checkpoint,
             errors=_shares("errors", errors),
             prefill_shares=_shares("prefill_shares", prefill_shares),
@@ -164,6 +162,53 @@ def exits(
     facts = {"benchmark": "exits", **machine, **measured}
     print_exits_report(facts)
     _finish(facts, output)
+
+
+@app.command()
+def quality(
+    checkpoint: Annotated[str, typer.Argument(help="folder of a router checkpoint")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="JSONL files, FILE or FILE:N; default: demo")] = None,
+    shares: Annotated[str, typer.Option(help="shares of prompt tokens that stop")] = "0.25,0.5,0.75,0.9",
+    tail: Annotated[int, typer.Option(help="last prompt tokens that never stop")] = 1,
+    few_shot: Annotated[
+        str | None, typer.Option(help="JSONL with prompt and answer: questions after solved ones")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="solved examples before each question")] = 8,
+    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt")] = 128,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
+    limit: Annotated[int | None, typer.Option(help="use only this many prompts")] = None,
+    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+) -> None:
+    """What exits at each boundary cost in agreement with full depth, by K/V policy and by who chooses prompt tokens."""
+    with _errors():
+        from bench_machine import machine_facts, num_cores
+        from bench_quality import run_quality
+        from bench_report import print_quality_report
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_quality(
+            _workload(prompts, few_shot, shots, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
+            checkpoint,
+            shares=_shares("shares", shares),
+            tail=_positive("tail", tail),
+            num_threads=machine["num_threads"],
+        )
+    facts = {"benchmark": "quality", **machine, **measured}
+    print_quality_report(facts)
+    _finish(facts, output)
+
+
+def _workload(
+    prompts: list[str] | None, few_shot: str | None, shots: int, *, limit: int | None, **settings: Any
+) -> Any:
+    from bench_workload import Workload, few_shot_texts
+
+    if few_shot is None:
+        return Workload.read(prompts or [], limit=limit, **settings)
+    texts = few_shot_texts(few_shot, _positive("shots", shots), limit or 64)
+    return Workload(sources=[f"{Path(few_shot).name}, {shots} shots"], texts=texts, **settings)
 
 
 def _shares(name: str, text: str) -> list[float]:

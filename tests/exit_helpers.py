@@ -13,7 +13,7 @@ from tide_ray import EngineConfig, TideEngine
 from tide_ray.engine.cost_model import LaunchPlan
 from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_of
-from tide_ray.exits.gates import Gate
+from tide_ray.exits.gates import NUM_PLACES, Gate, PrefillGate
 from tide_ray.exits.policies import ForcedExits
 from tide_ray.exits.readouts import ExitHead, KVHead
 from tide_ray.models.adapter import KVShape
@@ -41,8 +41,9 @@ def make_routers(
             if is_identity:
                 head.up.weight.data.copy_(torch.eye(config.hidden_size))
                 head.up.bias.data.zero_()
-            gate, prefill_gate = Gate(config.hidden_size, 16), Gate(config.hidden_size, 16)
+            gate, prefill_gate = Gate(config.hidden_size, 16), PrefillGate(config.hidden_size, 16)
             gate.offset.fill_(bias)
+            prefill_gate.up.weight.data[:, -NUM_PLACES:] = 0  # states decide, so that neighbours part
             boundary = Boundary(depth, head, gate, KVHead(config.hidden_size, shapes[depth:]), prefill_gate)
             boundary.thresholds = {"0.01": 0.9, "0.02": 0.5}
             boundary.score_quantiles = tuple(i / 100 for i in range(101))

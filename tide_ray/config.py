@@ -43,8 +43,8 @@ class EngineConfig:
         confidence_measure: ``probability``, ``margin`` or ``entropy``.
         capacity: for policy ``capacity``, the share of rows that goes deeper at each boundary, in (0, 1].
         kv_policy: K/V of skipped layers: ``fitted``, ``copy``, ``deferred`` or ``full``; None takes the checkpoint's.
-        prefill_share: share of prompt tokens that stop at the first boundary, those with the least predicted K/V
-            error; None: prompts run every layer.
+        prefill_share: share of prompt tokens that stop at a boundary, those whose approximate K/V later tokens need
+            least; some stop early, all of them before the last stage. None: prompts run every layer.
         prefill_tail: last tokens of a prompt that always run every layer.
         exit_layer: static: every token stops at this depth.
         skip_layers: static: layers that no token runs.

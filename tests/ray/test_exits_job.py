@@ -96,3 +96,20 @@ def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_fo
     assert prefill["prompt_rows_stopped"] > 0
     assert prefill["mean_depth"] == 4
     assert set(report["residents"][0]["speedup"]) == {"full depth", "exits at 5% error"}
+
+
+def test_the_quality_benchmark_separates_kv_policies_from_exit_heads(tiny_llama_folder: Path, routers: Path) -> None:
+    done = run(
+        ROOT / "jobs" / "benchmark.py", "quality", routers, "--model", tiny_llama_folder, "--dtype", "float32",
+        "--shares", "0.5,1.0", "--max-tokens", 8, "--limit", 6, "--num-threads", 1,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["floor_launches"], report["floor_generation"]) == (1.0, 1.0), "float32 has no noise floor"
+    assert [row["depth"] for row in report["boundaries"]] == [2, 3]
+    for row in report["boundaries"]:
+        assert row["half"]["deferred"] == 1.0, "tokens that do not exit see exact K/V"
+        assert set(row["prompt"]) == {"copy", "fitted"}
+        half, everything = row["prefill"]
+        orders = ("random", "gate", "oracle", "earliest")
+        assert all(everything[order] == row["prompt"]["fitted"] for order in orders), "all stop, whoever chooses them"
+        assert all(0 <= half[order] <= 1 for order in orders)

@@ -17,8 +17,12 @@ from tide_ray.calibrate.gate_training import (
     threshold_at,
     train_gate,
 )
+from tide_ray.calibrate.judge import kv_damages, kv_errors
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.ridge import Sums, fit, low_rank
+from tide_ray.exits.gates import Gate, PrefillGate, places
+from tide_ray.exits.readouts import KVHead
+from tide_ray.models.adapter import KVShape
 
 
 def planted(num_rows: int, seed: int, noise: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +77,9 @@ def test_a_gate_learns_a_separable_label_and_its_scores_become_probabilities() -
     odds = 3 * states[:, 0]
     labels = torch.rand(4000, generator=generator) < odds.sigmoid()
     sequences = torch.arange(4000) // 40
-    gate = train_gate(states[:3000], labels[:3000], sequences[:3000], seed=0, bottleneck=16, is_balanced=True)
+    gate = train_gate(
+        states[:3000], labels[:3000], sequences[:3000], make=lambda: Gate(states.shape[1], 16), seed=0, is_balanced=True
+    )
     calibrate_scores(gate, gate(states[3000:3500]), labels[3000:3500])
     scores = gate.scores(states[3500:]).numpy()
     best_possible = auc(odds[3500:].numpy(), labels[3500:].numpy())
@@ -144,3 +150,38 @@ def test_candidate_depths_are_inside_the_model() -> None:
 def test_bad_settings_are_refused_by_name(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CalibrationConfig.build(values)
+
+
+def test_damage_is_the_error_of_each_layers_keys_and_values_weighted_with_attention() -> None:
+    shapes = [KVShape(1, 2), KVShape(1, 2)]
+    head = KVHead(3, shapes)
+    head.project.weight.data.zero_()
+    head.project.bias.data.zero_()
+    actual = torch.tensor([[1.0, 1, 1, 1, 2, 2, 2, 2], [0.0, 0, 0, 0, 4, 4, 0, 0]])
+    errors = kv_errors(head, torch.zeros(2, 3), actual, torch.full((8,), 2.0), shapes)
+    assert errors.tolist() == [[0.5, 2.0], [0.0, 4.0]]
+    # Attention covers one layer more, which these rows have run.
+    attention = torch.tensor([[9.0, 1.0, 0.5], [9.0, 3.0, 0.25]])
+    assert kv_damages(errors, attention).tolist() == [0.75, 0.5]
+
+
+def test_a_prefill_gate_learns_that_place_decides_even_where_states_say_nothing() -> None:
+    """In few-shot prompts the answer looks at the question at the end: judged by K/V error alone, gates stopped it."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3000, 8, generator=generator)
+    positions = torch.randint(1, 500, (3000,), generator=generator)
+    lengths = torch.full((3000,), 500)
+    damages = 40 / (lengths - positions)
+    gate = train_gate(
+        states,
+        damages / (1 + damages),
+        torch.arange(3000) // 30,
+        make=lambda: PrefillGate(8, 16).start_from(places(positions, lengths), damages),
+        seed=0,
+        is_balanced=False,
+        features=places(positions, lengths),
+    )
+    at = torch.tensor([10, 250, 495])
+    predicted = gate.damages(torch.zeros(3, 8), at, torch.full((3,), 500))
+    assert predicted[0] < predicted[1] < predicted[2]
+    assert predicted[0] < 0.2 < 0.8 < predicted[2]

@@ -6,9 +6,9 @@ Three passes over disjoint prompts: ``fit`` gives exit heads and KV heads from s
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tide_ray.calibrate.choice import MAX_REPLAYED, SetReplay, best_set, promising_sets
 from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.calibrate.corpus import Example, Splits, answered, read_prompts, read_text, split
 from tide_ray.calibrate.fitting import Fitted, Fitter, Progress
 from tide_ray.calibrate.gate_training import calibrate_scores, threshold_at, train_gate
 from tide_ray.calibrate.judge import Judge, Judged
-from tide_ray.calibrate.measures import ERROR_LEVELS, depth_metrics, expected_saving
+from tide_ray.calibrate.measures import ERROR_LEVELS, depth_metrics
 from tide_ray.calibrate.sureness import Sureness
 from tide_ray.calibrate.trace import Tracer
 from tide_ray.config import EngineConfig
 from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.memory import return_freed_memory
 from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, check_output_folder, fingerprint_of
-from tide_ray.exits.gates import Gate
+from tide_ray.exits.gates import Gate, PrefillGate, places
 from tide_ray.exits.rotary import Rotary, find_rotary
 from tide_ray.models.load import load
 from tide_ray.types import UserError
 
 CANDIDATES = (0.4, 0.53, 0.67, 0.8, 0.87, 0.93)
 """Depths compared, as shares of the model's layers."""
-MAX_BOUNDARIES = 2
+_Choice = tuple[list[Boundary], dict[str, Any]]
 LABEL = "top-1 equals full depth's, here and at every later candidate"
 
 
@@ -54,6 +55,7 @@ class Calibration:
         self.depths = list(depths)
         self.adapter = engine.runner.adapter
         self.kinds: list[Rotary] | None = find_rotary(self.adapter)
+        self.kv_policy = config.kv_policy if self.kinds is not None or config.kv_policy != "fitted" else "copy"
         self.tracer = Tracer(self.adapter, engine.runner.pools, self.kinds, self.depths)
         self.progress = progress
         self.seconds: dict[str, float] = {}
@@ -80,8 +82,11 @@ class Calibration:
             depth_metrics(b, sureness.scores(b, judged["test"]), judged["test"], self.depths, self.adapter.num_layers)
             for b in candidates
         ]
-        chosen = self._choose(candidates, [sureness.scores(b, judged["calibrate"]) for b in candidates])
+        scores = [sureness.scores(b, judged["calibrate"]) for b in candidates]
+        with self._timed("choice"):
+            chosen, comparison = self._choose(candidates, scores, splits)
         facts = {
+            **comparison,
             "candidates": metrics,
             "fit": fitted.facts,
             "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
@@ -94,14 +99,16 @@ class Calibration:
     def _boundary(self, depth: int, fitted: Fitted, judged: dict[str, Judged], sureness: Sureness) -> Boundary:
         self.progress(f"training the gate at depth {depth}", self.depths.index(depth) / len(self.depths))
         train, held = judged["gate"], judged["calibrate"]
+        states, features = train.rows.take(f"state_{depth}"), sureness.features(depth, train)
+        has_shortlist = features is not None
         gate = train_gate(
-            train.rows.take(f"state_{depth}"),
+            states,
             torch.from_numpy(train.lasting(depth, self.depths)).float(),
             train.rows.take("sequence"),
+            make=lambda: Gate(states.shape[1], self.config.bottleneck, num_tokens=int(has_shortlist)),
             seed=self.config.seed,
-            bottleneck=self.config.bottleneck,
             is_balanced=True,
-            features=sureness.features(depth, train),
+            features=features,
         )
         sureness.give_shortlist(gate)
         boundary = Boundary(depth, fitted.heads[depth], gate, fitted.kv_heads.get(depth))
@@ -112,34 +119,46 @@ class Calibration:
         boundary.score_quantiles = _percentiles(torch.from_numpy(scores))
         if boundary.kv_head is not None and train.prompt_rows.num_rows and held.prompt_rows.num_rows:
             boundary.prefill_gate = self._prefill_gate(depth, train)
-            predicted = boundary.prefill_gate.scores(held.prompt_rows.take(f"state_{depth}"))
-            boundary.prefill_quantiles = _percentiles(predicted)
+            rows = held.prompt_rows
+            states, positions, lengths = (rows.take(name) for name in (f"state_{depth}", "position", "length"))
+            with torch.no_grad():
+                boundary.prefill_quantiles = _percentiles(boundary.prefill_gate.damages(states, positions, lengths))
         return boundary
 
-    def _prefill_gate(self, depth: int, train: Judged) -> Gate:
-        """Predicts e / (1 + e) of the relative K/V error e, in units of its mean."""
-        errors = train.prompt_rows.take(f"error_{depth}")
-        relative = errors / errors.mean()
+    def _prefill_gate(self, depth: int, train: Judged) -> PrefillGate:
+        """The unit of damage is its mean at the deepest candidate."""
+        rows = train.prompt_rows
+        damages = rows.take(f"damage_{depth}") / rows.take(f"damage_{self.depths[-1]}").mean()
+        states, where = rows.take(f"state_{depth}"), places(rows.take("position"), rows.take("length"))
         return train_gate(
-            train.prompt_rows.take(f"state_{depth}"),
-            relative / (1 + relative),
-            train.prompt_rows.take("sequence"),
+            states,
+            damages / (1 + damages),
+            rows.take("sequence"),
+            make=lambda: PrefillGate(states.shape[1], self.config.bottleneck).start_from(where, damages),
             seed=self.config.seed,
-            bottleneck=self.config.bottleneck,
             is_balanced=False,
+            features=where,
         )
 
-    def _choose(self, candidates: Sequence[Boundary], scores: Sequence[np.ndarray]) -> list[Boundary]:
-        """The boundaries asked for, else the set of at most two with the largest expected saving."""
+    def _choose(self, candidates: Sequence[Boundary], scores: Sequence[np.ndarray], splits: Splits) -> _Choice:
+        """The boundaries asked for, else the best of the most promising sets; with the figures of those replayed."""
         if self.config.boundaries:
-            return list(candidates)
-        numbers = range(len(candidates))
-        sets = [s for size in range(1, MAX_BOUNDARIES + 1) for s in itertools.combinations(numbers, size)]
-        best = max(
-            sets,
-            key=lambda s: expected_saving([candidates[n] for n in s], [scores[n] for n in s], self.adapter.num_layers),
-        )
-        return [candidates[n] for n in best]
+            return list(candidates), {}
+        replay = SetReplay(self.adapter, self.kinds, splits["calibrate"], kv_policy=self.kv_policy)
+        sets = promising_sets(candidates, scores, self.adapter.num_layers)[:MAX_REPLAYED]
+        for number, one in enumerate(sets):
+            self.progress("comparing sets of boundaries", number / len(sets))
+            sets[number] = replace(one, disagreement=replay.disagreement([candidates[n] for n in one.numbers]))
+        best = best_set(sets)
+        figures = [
+            {
+                "depths": [candidates[n].depth for n in one.numbers],
+                "saving": round(one.saving, 4),
+                "disagreement": round(one.disagreement or 0.0, 4),
+            }
+            for one in sets
+        ]
+        return [candidates[n] for n in best.numbers], {"noise_floor": round(replay.noise_floor, 4), "sets": figures}
 
     def _timed(self, name: str) -> _Timer:
         return _Timer(self.seconds, name)
@@ -201,9 +220,8 @@ def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _sha
     boundaries, metrics = calibration.run(splits)
     metrics["seconds"] = {"generate": round(generated - started, 2), **metrics["seconds"]}
     metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
-    kv_policy = config.kv_policy if calibration.kinds is not None or config.kv_policy != "fitted" else "copy"
     fingerprint = fingerprint_of(
-        loaded, kv_policy=kv_policy, num_layers=adapter.num_layers, hidden_size=adapter.config.hidden_size
+        loaded, kv_policy=calibration.kv_policy, num_layers=adapter.num_layers, hidden_size=adapter.config.hidden_size
     )
     training = {
         "source": "text" if config.text else "own answers",

@@ -17,7 +17,7 @@ from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.ridge import Sums, fit, low_rank, set_linear
 from tide_ray.calibrate.trace import Tracer
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, kv_width, unit_rms
-from tide_ray.models.adapter import Adapter
+from tide_ray.models.adapter import Adapter, KVShape
 
 PENALTY_SHARE = 0.1
 """Share of the sequences that chooses penalties, and whether a refined head is better."""
@@ -96,7 +96,7 @@ class Fitter:
                 kv_head = KVHead(hidden, shapes)
                 set_linear(kv_head.project, weights)
                 fitted.kv_heads[depth] = kv_head
-                fitted.kv_scales[depth] = _block_scales(train.kv[depth], shapes)
+                fitted.kv_scales[depth] = block_scales(train.kv[depth].targets / train.kv[depth].num_rows, shapes)
                 facts |= {"kv_penalty": kv_penalty, "kv_error": round(kv_error, 4)}
             fitted.facts[str(depth)] = facts
         return fitted
@@ -163,8 +163,7 @@ class Fitter:
         }
 
 
-def _block_scales(sums: Sums, shapes: Sequence[Any]) -> Tensor:
-    """The mean square of each layer's K and V, at every column of theirs."""
-    squares = (sums.targets / sums.num_rows).float()
+def block_scales(mean_squares: Tensor, shapes: Sequence[KVShape]) -> Tensor:
+    """The mean square of each layer's K and V at all of their columns, from the mean square of every single column."""
     widths = [shape.num_heads * shape.head_dim for shape in shapes for _ in range(2)]
-    return torch.cat([block.mean().expand(len(block)) for block in squares.split(widths)])
+    return torch.cat([block.mean().expand(len(block)) for block in mean_squares.float().split(widths)])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tide_ray.exits.gates import Gate
+
+AnyGate = TypeVar("AnyGate", bound=Gate)
 
 EPOCHS = 20
 MIN_STEPS = 800
@@ -26,11 +30,11 @@ def train_gate(
     targets: Tensor,
     sequences: Tensor,
     *,
+    make: Callable[[], AnyGate],
     seed: int,
-    bottleneck: int,
     is_balanced: bool,
     features: Tensor | None = None,
-) -> Gate:
+) -> AnyGate:
     """A gate whose logit predicts ``targets`` (labels, or soft ones from 0 to 1).
 
     The weights of the epoch that is best on held-out sequences are kept.
@@ -39,8 +43,9 @@ def train_gate(
         states: unit-rms ``[N, D]``.
         targets: float ``[N]``.
         sequences: which sequence each row is from, ``[N]``.
+        make: makes the gate, with room for the features.
         is_balanced: weigh both classes alike.
-        features: ``[N, 3]`` beside the states; the gate then has room for a shortlist, which the caller puts in.
+        features: scalars beside the states, ``[N, F]``.
     """
     states, targets = states.float(), targets.float()
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +54,7 @@ def train_gate(
     is_held_out = torch.isin(sequences, chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = Gate(states.shape[1], bottleneck, num_tokens=0 if features is None else 1)
+        gate = make()
         rows = (states, torch.zeros(len(states), 0) if features is None else features, targets)
         train, held = (tuple(part[chosen] for part in rows) for chosen in (~is_held_out, is_held_out))
         share = targets[~is_held_out].mean().clamp(0.01, 0.99)
@@ -58,12 +63,12 @@ def train_gate(
 
 
 def _fit(
-    gate: Gate,
+    gate: AnyGate,
     train: tuple[Tensor, ...],
     held: tuple[Tensor, ...],
     weights: tuple[Tensor, Tensor],
     generator: torch.Generator,
-) -> Gate:
+) -> AnyGate:
     optimizer = torch.optim.AdamW(gate.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     """``train`` and ``held`` are states, features (of width 0 without any) and targets."""
     states, features, targets = train

@@ -12,8 +12,8 @@ from torch import Tensor
 from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.trace import Tracer, TraceRows
-from tide_ray.exits.readouts import ExitHead, KVHead
-from tide_ray.models.adapter import Adapter
+from tide_ray.exits.readouts import ExitHead, KVHead, kv_width
+from tide_ray.models.adapter import Adapter, KVShape
 
 MAX_ROWS = 16_384
 CHUNK = 512
@@ -21,9 +21,13 @@ CHUNK = 512
 
 @dataclass(slots=True)
 class Judged:
-    """Rows of one split. For every depth: ``state_D`` (unit rms), ``right_D`` (the head's choice is full depth's),
-    ``probability_D`` (of the head's choice), ``cosine_D``; with ``sequence``. Prompt rows: ``state_D``, ``error_D``
-    (relative K/V error) and ``sequence``. ``lens_right``: share of right choices without an exit head."""
+    """Rows of one split.
+
+    ``rows``, the judged ones, have for every depth D ``state_D`` (unit rms), ``right_D`` (the head's choice is full
+    depth's), ``probability_D`` (of the head's choice) and ``cosine_D``; and ``sequence``. ``prompt_rows`` have
+    ``state_D``, ``damage_D`` (see ``kv_damages``), ``position``, ``length`` (of the prompt) and ``sequence``.
+    ``lens_right``: share of right choices without an exit head.
+    """
 
     rows: Reservoir
     prompt_rows: Reservoir
@@ -65,7 +69,8 @@ class Judge:
         """Run a split. ``with_lens`` also reads states without an exit head, for comparison."""
         judged = Judged(Reservoir(MAX_ROWS, seed), Reservoir(MAX_ROWS, seed + 1))
         lens: dict[int, list[int]] = {depth: [0, 0] for depth in self._heads}
-        for rows in self._tracer.trace(examples, with_keys_values=bool(self._kv_heads)):
+        fits_kv = bool(self._kv_heads)
+        for rows in self._tracer.trace(examples, with_keys_values=fits_kv, with_attention=fits_kv):
             for index in torch.from_numpy(np.flatnonzero(rows.is_judged)).split(CHUNK):
                 self._judge_rows(rows, index, judged, lens if with_lens else None)
             self._judge_prompt(rows, judged)
@@ -90,7 +95,7 @@ class Judge:
         judged.rows.add(**entry)
 
     def _judge_prompt(self, rows: TraceRows, judged: Judged) -> None:
-        """K/V errors of prompt rows but the first; of texts, which have no prompt, of all rows but the first."""
+        """Damages of prompt rows but the first; of texts, which have no prompt, of all rows but the first."""
         is_text = rows.first_judged == 0
         chosen = np.flatnonzero((rows.positions > 0) & (~rows.is_judged | is_text))
         if not len(chosen) or rows.keys_values is None:
@@ -100,14 +105,36 @@ class Judge:
 
     def _judge_prompt_rows(self, rows: TraceRows, index: Tensor, judged: Judged) -> None:
         assert rows.keys_values is not None
-        entry: dict[str, Tensor] = {"sequence": torch.from_numpy(rows.sequences)[index]}
+        assert rows.attention is not None
+        lengths = np.where(rows.first_judged == 0, rows.lengths, rows.first_judged + 1)
+        entry: dict[str, Tensor] = {
+            "sequence": torch.from_numpy(rows.sequences)[index],
+            "position": torch.from_numpy(rows.positions)[index],
+            "length": torch.from_numpy(lengths)[index],
+        }
         for depth, head in self._kv_heads.items():
             states = rows.states[depth][index]
             actual = rows.keys_values[index][:, -len(self._kv_scales[depth]) :]
-            squares = (head(states).float() - actual).square() / self._kv_scales[depth]
             entry[f"state_{depth}"] = states.cpu()
-            entry[f"error_{depth}"] = squares.mean(-1).cpu()
+            shapes = self._adapter.kv_shapes[depth:]
+            errors = kv_errors(head, states, actual, self._kv_scales[depth], shapes)
+            entry[f"damage_{depth}"] = kv_damages(errors, rows.attention[index]).cpu()
         judged.prompt_rows.add(**entry)
 
     def _logits(self, states: Tensor) -> Tensor:
         return self._adapter.head(self._adapter.final_norm(states[None]))
+
+
+def kv_errors(head: KVHead, states: Tensor, actual: Tensor, scales: Tensor, shapes: Sequence[KVShape]) -> Tensor:
+    """Mean squared error of fitted K/V by layer, in units of ``scales`` (see Judge): ``[N, layers]``."""
+    squares = (head(states).float() - actual).square() / scales
+    widths = [kv_width([shape]) for shape in shapes]
+    return torch.stack([block.mean(-1) for block in squares.split(widths, dim=1)], dim=1)
+
+
+def kv_damages(errors: Tensor, attention: Tensor) -> Tensor:
+    """What K/V errors ``[N, layers]`` cost the answer, ``[N]``: weighted by the attention that it pays to each row.
+
+    ``attention``: as in TraceRows; its last columns are the layers of ``errors``.
+    """
+    return (errors * attention[:, -errors.shape[1] :]).mean(-1)

@@ -1,4 +1,4 @@
-"""What is reported of a candidate boundary, and the saving that a set of boundaries promises."""
+"""What is reported of a candidate boundary."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from tide_ray.calibrate.judge import Judged
 from tide_ray.exits.checkpoint import Boundary
 
 ERROR_LEVELS = (0.01, 0.02, 0.05)
-SAVING_ERROR = "0.02"
-BOUNDARY_COST = 0.6
-"""What asking a boundary costs, in layers: exit head, gate and shortlist, parting the rows and one more launch."""
 COSINE = 0.98
 
 
@@ -52,20 +49,6 @@ def depth_metrics(
         "ece": _rounded(calibration_error(scores, lasting)),
         "exits": exits,
     }
-
-
-def expected_saving(boundaries: Sequence[Boundary], scores: Sequence[np.ndarray], num_layers: int) -> float:
-    """Layers saved per token, as a share of all, when tokens leave at the first boundary whose score allows it.
-
-    ``scores``: each boundary's gate scores of the same tokens.
-    """
-    remaining = np.ones(len(scores[0]), dtype=bool)
-    saved = 0.0
-    for boundary, score in zip(boundaries, scores, strict=True):
-        stops = remaining & (score >= boundary.thresholds[SAVING_ERROR])
-        saved += stops.mean() * (num_layers - boundary.depth) - remaining.mean() * BOUNDARY_COST
-        remaining &= ~stops
-    return float(saved / num_layers)
 
 
 def _rounded(value: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tide_ray.calibrate.corpus import Example
 from tide_ray.engine.kv_cache import KVCache
-from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, build_rows
+from tide_ray.engine.rows import Chunk, LaunchCache, RowBatch, RowSpan, build_rows
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import Rotary, rotary_tables
 from tide_ray.models.adapter import Adapter, LayerCall
@@ -27,29 +27,46 @@ class TraceRows:
     ``states``: unit-rms state at each depth asked for, ``[N, D]``; ``final``: the pre-norm state after the last layer,
     ``[N, D]``; ``keys_values``: K (unrotated) and V of the layers from the shallowest depth on, flat in the
     column order of ``KVHead``, ``[N, W]`` float32, or None; ``cosines``: each depth's cosine with the final state;
-    ``is_judged``: bool ``[N]``, rows whose next token counts; ``positions`` and ``first_judged``
-    (of the row's sequence): int ``[N]``; ``sequences``: number of the row's sequence, over the whole trace.
+    ``attention``: by layer from the shallowest depth on, what a row gets of the attention of its sequence's judged
+    rows, ``[N, layers]`` (mean over them and heads, 1 where attention is uniform), or None;
+    ``is_judged``: bool ``[N]``, rows whose next token counts; ``positions``, ``first_judged`` and ``lengths`` (both of
+    the row's sequence): int ``[N]``; ``sequences``: number of the row's sequence, over the whole trace.
     """
 
     states: dict[int, Tensor]
     final: Tensor
     keys_values: Tensor | None
+    attention: Tensor | None
     cosines: dict[int, Tensor]
     is_judged: np.ndarray
     positions: np.ndarray
     first_judged: np.ndarray
+    lengths: np.ndarray
     sequences: np.ndarray
 
 
 class _RecordingCache(LaunchCache):
-    """Attends within the launch's whole sequences and keeps K/V, unrotated, instead of writing them to pages."""
+    """Attends within the launch's whole sequences and keeps K/V, unrotated, instead of writing them to pages.
 
-    def __init__(self, pools: KVCache, rows: RowBatch, kinds: Sequence[Rotary] | None, first_layer: int) -> None:
+    Args:
+        first_judged: of every chunk; None: attention is not recorded.
+    """
+
+    def __init__(
+        self,
+        pools: KVCache,
+        rows: RowBatch,
+        kinds: Sequence[Rotary] | None,
+        first_layer: int,
+        first_judged: Sequence[int] | None,
+    ) -> None:
         super().__init__(pools, rows)
         self.calls: list[LayerCall] = []
         self.columns: list[Tensor] = []
+        self.attention: list[Tensor] = []
         self._kinds = kinds
         self._first_layer = first_layer
+        self._first_judged = first_judged
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -60,7 +77,33 @@ class _RecordingCache(LaunchCache):
             if tables is not None:
                 key = self._kinds[layer_idx].unrotate(key, tables[0].float(), tables[1].float())
             self.columns += [key.flatten(1), value_states[0].transpose(0, 1).flatten(1).float()]
+        self._layer = layer_idx
         return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
+    ) -> Tensor:
+        if self._first_judged is not None and self._layer >= self._first_layer:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            received = [
+                _received(query[0], key[0], chunk, first, scale=scale, softcap=softcap, window=window)
+                for chunk, first in zip(self._rows.chunks, self._first_judged, strict=True)
+            ]
+            self.attention.append(torch.cat(received))
+        return super().attend(query, key, value, scale=scale, softcap=softcap, window=window)
+
+
+def _received(
+    query: Tensor, key: Tensor, chunk: Chunk, first: int, *, scale: float, softcap: float, window: int
+) -> Tensor:
+    """Attention that a whole sequence's rows get from its rows ``first`` on, ``[rows]``; see TraceRows."""
+    asking = query[:, chunk.start + first : chunk.stop].float()
+    asked = key[:, chunk.start : chunk.stop].float().repeat_interleave(len(query) // len(key), 0)
+    scores = asking @ asked.transpose(1, 2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~chunk.mask(window if window < chunk.length else 0)[first:], float("-inf"))
+    return scores.softmax(-1).mean((0, 1)) * chunk.length
 
 
 class Tracer:
@@ -77,20 +120,23 @@ class Tracer:
         self._kinds = kinds
         self._depths = list(depths)
 
-    def trace(self, examples: Sequence[Example], *, with_keys_values: bool = True) -> Iterator[TraceRows]:
+    def trace(
+        self, examples: Sequence[Example], *, with_keys_values: bool = True, with_attention: bool = False
+    ) -> Iterator[TraceRows]:
         """Rows in launches; sequences are never divided."""
         first = 0
-        for batch in _batches(examples):
-            yield self._launch(batch, first, with_keys_values)
+        for batch in batches(examples, MAX_ROWS):
+            yield self._launch(batch, first, with_keys_values, with_attention)
             first += len(batch)
 
     @torch.inference_mode()
-    def _launch(self, batch: Sequence[Example], first: int, with_keys_values: bool) -> TraceRows:
+    def _launch(self, batch: Sequence[Example], first: int, with_keys_values: bool, with_attention: bool) -> TraceRows:
         adapter = self._adapter
         spans = [self._span(example) for example in batch]
         rows = build_rows(spans, self._pools.page_size, adapter.device)
         kinds = self._kinds if with_keys_values else None
-        cache = _RecordingCache(self._pools, rows, kinds, self._depths[0])
+        judged_from = [example.first_judged for example in batch] if with_attention else None
+        cache = _RecordingCache(self._pools, rows, kinds, self._depths[0], judged_from)
         hidden, cache.calls = adapter.prologue(rows.token_ids, rows.positions, cache)
         raw: dict[int, Tensor] = {}
         for layer in range(adapter.num_layers):
@@ -105,10 +151,12 @@ class Tracer:
             states={depth: unit_rms(state) for depth, state in raw.items()},
             final=final,
             keys_values=torch.cat(cache.columns, dim=1) if cache.columns else None,
+            attention=torch.stack(cache.attention, dim=1) if cache.attention else None,
             cosines={d: torch.cosine_similarity(s.float(), final.float(), dim=-1) for d, s in raw.items()},
             is_judged=positions >= first_judged,
             positions=positions,
             first_judged=first_judged,
+            lengths=np.repeat(lengths, lengths),
             sequences=np.repeat(np.arange(first, first + len(batch)), lengths),
         )
 
@@ -117,11 +165,12 @@ class Tracer:
         return RowSpan.run(example.token_ids, 0, pages, is_decode=False)
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def batches(examples: Iterable[Example], max_rows: int) -> Iterator[list[Example]]:
+    """Neighbouring examples that have at most ``max_rows`` rows together (or are a single longer one)."""
     batch: list[Example] = []
     rows = 0
     for example in examples:
-        if batch and rows + len(example.token_ids) > MAX_ROWS:
+        if batch and rows + len(example.token_ids) > max_rows:
             yield batch
             batch, rows = [], 0
         batch.append(example)

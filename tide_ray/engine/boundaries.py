@@ -53,7 +53,7 @@ class BoundaryExits:
         boundaries: calibrated, shallowest first, ready for inference.
         policy: decides for tokens being generated.
         kv_policy: ``fitted``, ``copy``, ``deferred``, or ``full``: all layers run and states are only selected.
-        prefill_thresholds: at each boundary, predicted K/V error below which prompt tokens stop; None: they go on.
+        prefill_thresholds: at each boundary, predicted damage below which prompt tokens stop; None: they go on.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class BoundaryExits:
         if is_on:
             self._ask(boundary, flow.lanes, states, starts, fates, stops)
         if asks_prompt:
-            stops |= self._prompt_stops(boundary, states, fates)
+            stops |= self._prompt_stops(boundary, flow.lanes, states, fates)
         if self.kv_policy == "full":
             return flow, self._select(boundary, flow, states, starts, stops)
         if not stops.any():
@@ -147,13 +147,17 @@ class BoundaryExits:
                 begin, end = starts[n], starts[n + 1]
                 stops[begin:end] |= fates[begin:end] == FOLLOWS
 
-    def _prompt_stops(self, boundary: int, states: Tensor, fates: np.ndarray) -> np.ndarray:
+    def _prompt_stops(self, boundary: int, lanes: Sequence[Lane], states: Tensor, fates: np.ndarray) -> np.ndarray:
         gate = self.boundaries[boundary].prefill_gate
         assert gate is not None, "prefill exits need a prefill gate"
         prompt = np.flatnonzero(fates == PREFILL)
-        errors = gate.scores(states[torch.from_numpy(prompt).to(states.device)]).cpu().numpy()
+        positions = np.concatenate([lane.span.positions for lane in lanes])[prompt]
+        ends, counts = zip(*((len(lane.sequence.prompt_ids), lane.num_rows) for lane in lanes), strict=True)
+        lengths = np.repeat(ends, counts)[prompt]
+        index, at, of = (torch.from_numpy(array).to(states.device) for array in (prompt, positions, lengths))
+        damages = gate.damages(states[index], at, of).cpu().numpy()
         stops = np.zeros(len(fates), dtype=bool)
-        stops[prompt] = errors < self.prefill_thresholds[boundary]
+        stops[prompt] = damages < self.prefill_thresholds[boundary]
         self.stats.num_prefill_exits += int(stops.sum())
         return stops
 

@@ -14,9 +14,7 @@ from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.sequence import ExitRules
 from tide_ray.exits.checkpoint import Boundary, Routers, fingerprint_of
-from tide_ray.exits.gates import Gate
 from tide_ray.exits.policies import CapacityExits, ExitPolicy, ScoredExits, Scorer
-from tide_ray.exits.readouts import for_inference, gate_for_inference
 from tide_ray.exits.rotary import find_rotary
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.load import LoadedModel
@@ -93,21 +91,17 @@ def build_exits(
     kv_policy = config.kv_policy or routers.facts.kv_policy
     if config.resolved_policy == "posthoc":
         kv_policy = "full"
-    for boundary in routers.boundaries:
-        for name, module in boundary.modules().items():
-            prepare = gate_for_inference if isinstance(module, Gate) else for_inference
-            ready = prepare(module, adapter.device, adapter.dtype)  # type: ignore[arg-type]
-            setattr(boundary, name, ready)
+    routers.boundaries[:] = [boundary.ready(adapter.device, adapter.dtype) for boundary in routers.boundaries]
     kinds = find_rotary(adapter)
     has_fitted = kinds is not None and all(boundary.kv_head is not None for boundary in routers.boundaries)
     if kv_policy == "fitted" and not has_fitted:
         raise UserError("kv_policy: this checkpoint has no KV heads for this model, got 'fitted'")
     prefill: list[float | None] = [None] * len(routers.boundaries)
     if config.prefill_share is not None:
-        first = routers.boundaries[0]
-        if first.prefill_gate is None or not first.prefill_quantiles or not has_fitted:
+        if not has_fitted or not all(b.prefill_gate is not None and b.prefill_quantiles for b in routers.boundaries):
             raise UserError(f"prefill_share: this checkpoint has no prefill gate, got {config.prefill_share!r}")
-        prefill[0] = first.prefill_threshold(config.prefill_share)
+        # Damage has one unit at all boundaries, so that a token stops where it first is small enough.
+        prefill = [routers.boundaries[-1].prefill_threshold(config.prefill_share)] * len(prefill)
     return BoundaryExits(
         routers.boundaries,
         _policy(config, routers.boundaries, adapter),

@@ -11,22 +11,23 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tide_ray.exits.gates import Gate
-from tide_ray.exits.readouts import ExitHead, KVHead
+from tide_ray.exits.gates import Gate, PrefillGate
+from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, gate_for_inference
 from tide_ray.models.adapter import KVShape
 from tide_ray.models.load import LoadedModel
 from tide_ray.types import UserError
 
 WEIGHTS_FILE, FACTS_FILE = "routers.safetensors", "routers.json"
-FORMAT = "tide-ray routers, version 1"
+FORMAT = "tide-ray routers, version 2"
 MAX_FACTS_BYTES = 16 << 20
 FINGERPRINT = ("model_fingerprint", "revision", "dtype", "kv_policy", "chat_template", "num_layers", "hidden_size")
 
@@ -37,14 +38,14 @@ class Boundary:
 
     ``thresholds``: gate score from which exits were wrong at most this often on calibration prompts, by error level
     ("0.01" is 1 %); above 1 where no exit is good enough. ``score_quantiles``: 0th to 100th percentile of the gate's
-    scores there; ``prefill_quantiles``: of the predicted K/V errors of prompt tokens.
+    scores there; ``prefill_quantiles``: of the predicted damages of prompt tokens.
     """
 
     depth: int
     head: ExitHead
     gate: Gate
     kv_head: KVHead | None = None
-    prefill_gate: Gate | None = None
+    prefill_gate: PrefillGate | None = None
     thresholds: dict[str, float] = field(default_factory=dict)
     score_quantiles: tuple[float, ...] = ()
     prefill_quantiles: tuple[float, ...] = ()
@@ -55,8 +56,16 @@ class Boundary:
         return sum(score >= threshold for score in quantiles) / len(quantiles) if quantiles else 0.5
 
     def prefill_threshold(self, share: float) -> float:
-        """Predicted K/V error below which this share of the calibration prompts' tokens lies."""
+        """Predicted damage below which this share of the calibration prompts' tokens lies."""
         return self.prefill_quantiles[round(share * (len(self.prefill_quantiles) - 1))]
+
+    def ready(self, device: torch.device, dtype: torch.dtype) -> Boundary:
+        """The boundary as the engine runs it. Takes over this one's modules."""
+        made = {
+            name: (gate_for_inference if isinstance(module, Gate) else for_inference)(module, device, dtype)  # type: ignore[arg-type]
+            for name, module in self.modules().items()
+        }
+        return replace(self, **made)  # type: ignore[arg-type]
 
     def modules(self) -> dict[str, nn.Module]:
         named = {"head": self.head, "gate": self.gate, "kv_head": self.kv_head, "prefill_gate": self.prefill_gate}
@@ -214,7 +223,7 @@ def _boundary(entry: Mapping[str, Any], facts: RouterFacts, tensors: Mapping[str
         head=ExitHead(hidden, entry["rank"]),
         gate=Gate(hidden, bottleneck, int(entry["shortlist"])),
         kv_head=KVHead(hidden, shapes) if "kv_head" in present else None,
-        prefill_gate=Gate(hidden, bottleneck) if "prefill_gate" in present else None,
+        prefill_gate=PrefillGate(hidden, bottleneck) if "prefill_gate" in present else None,
         thresholds={str(level): float(value) for level, value in entry["thresholds"].items()},
         score_quantiles=tuple(map(float, entry["score_quantiles"])),
         prefill_quantiles=tuple(map(float, entry["prefill_quantiles"])),
