@@ -133,6 +133,19 @@ def print_quality_report(facts: dict[str, Any]) -> None:
     console.print(prefill)
 
 
+def print_calibration_report(facts: dict[str, Any]) -> None:
+    """Print both sides' time, tokens and memory."""
+    console = _headed(facts, f"{facts['samples']} samples of {facts['text']}")
+    table = Table(title="calibration on text", title_justify="left")
+    for column in ("", "seconds", "tokens", "peak GiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, side in (("TIDE's recipe", facts["recipe"]), ("tide_ray", facts["ours"])):
+        table.add_row(name, f"{side['seconds']:,.1f}", f"{side['tokens']:,}", f"{side['peak_gib']:.2f}")
+    console.print(table)
+    scaled = facts["recipe"]["epochs_run"]
+    console.print(f"{facts['ratio']:.1f} times faster (of the recipe's 100 epochs {scaled} were run)")
+
+
 def _headed(facts: dict[str, Any], what: str) -> Console:
     """A console that has said where, with which model and when it was measured."""
     console = Console()

@@ -200,6 +200,36 @@ def quality(
     _finish(facts, output)
 
 
+@app.command()
+def calibration(
+    text: Annotated[str, typer.Argument(help="text file, one sample per line")],
+    samples: Annotated[int, typer.Option(help="lines of more than 100 characters to use")] = 2000,
+    epochs: Annotated[int, typer.Option(help="epochs of the recipe to run; its time is scaled to 100")] = 100,
+    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
+    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+) -> None:
+    """Calibration on text against the recipe of TIDE, on the same samples."""
+    with _errors():
+        from bench_calibration import run_calibration
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_calibration_report
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_calibration(
+            text,
+            model=model,
+            dtype=dtype,
+            samples=_positive("samples", samples),
+            epochs=_positive("epochs", epochs),
+            num_threads=machine["num_threads"],
+        )
+    facts = {"benchmark": "calibration", **machine, **measured}
+    print_calibration_report(facts)
+    _finish(facts, output)
+
+
 def _workload(
     prompts: list[str] | None, few_shot: str | None, shots: int, *, limit: int | None, **settings: Any
 ) -> Any:

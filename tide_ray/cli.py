@@ -5,6 +5,7 @@ torch and ray are imported only when a job runs, so that help is instant.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -73,6 +74,7 @@ def generate(
     output: Annotated[str | None, _flag("output")] = None,
     limit: Annotated[int | None, _flag("limit")] = None,
     keep_columns: Annotated[str | None, _flag("keep_columns", _COMMAS)] = None,
+    gate_scores: Annotated[bool | None, _flag("gate_scores")] = None,
     rows_per_part: Annotated[int | None, _flag("rows_per_part")] = None,
     max_tokens: Annotated[int | None, _flag("max_tokens")] = None,
     temperature: Annotated[float | None, _flag("temperature")] = None,
@@ -189,6 +191,42 @@ def calibrate(
         _fail(error, EXIT_USAGE)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
+
+
+@app.command("import-tide")
+def import_tide(
+    router: Annotated[str, typer.Argument(help="router.pt that TIDE wrote")],
+    model: Annotated[str, _calibration_flag("model")] = "demo",
+    revision: Annotated[str | None, _calibration_flag("revision")] = None,
+    output: Annotated[str, _calibration_flag("output")] = "./tide-routers",
+    dtype: Annotated[str, _calibration_flag("dtype")] = "auto",
+    device: Annotated[str, _calibration_flag("device")] = "auto",
+    trust_remote_code: Annotated[bool, _calibration_flag("trust_remote_code")] = False,
+) -> None:
+    """Make a router checkpoint of a router.pt of TIDE, for ``generate --exits OUT --policy posthoc``."""
+    try:
+        settings = CalibrationConfig.build(
+            {"model": model, "revision": revision, "output": output, "dtype": dtype, "device": device}
+            | {"trust_remote_code": trust_remote_code}
+        )
+
+        from tide_ray.exits.checkpoint import check_output_folder
+        from tide_ray.exits.tide_import import import_tide
+        from tide_ray.models.load import load
+
+        check_output_folder(Path(settings.output))
+        loaded = load(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        routers = import_tide(router, loaded)
+        routers.save(settings.output)
+        typer.echo(f"boundaries {', '.join(map(str, routers.depths))} written to {settings.output}")
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
 
 
 def _split(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,9 +43,14 @@ def routers(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -
 
 def test_a_job_with_exits_writes_the_depth_of_every_token(ray_cluster: None, job: Any, routers: Path) -> None:
     options = {"exits": str(routers), "exit_threshold": 0.0, "exits_when": "always", "exit_min_depth": 3}
-    code, _ = job.run(num_actors=2, num_gpus_per_actor=1, **options)
+    code, _ = job.run(num_actors=2, num_gpus_per_actor=1, gate_scores=True, **options)
     assert code == 0
     rows = job.rows("data")
+    for row in rows:
+        first, *others = row["gate_scores"]
+        assert math.isnan(first), "no gate was asked for the token that the prompt chose"
+        assert len(others) == len(row["exit_layers"]) - 1
+        assert all(0 <= score <= 1 for score in others)
     assert len(rows) == job.NUM_ROWS
     # A threshold of 0 lets every token go at the first boundary that the minimum depth allows; the first token of an
     # answer comes from the prompt, which runs every layer.
@@ -55,7 +61,7 @@ def test_a_job_with_exits_writes_the_depth_of_every_token(ray_cluster: None, job
     counters = facts["counters"]
     assert counters["rows_through_layer"][2] - counters["rows_through_layer"][3] == counters["num_filled_rows"] > 0
     with pytest.raises(UserError, match="exit_threshold"):  # another setting is another job
-        job.run(**{**options, "exit_threshold": 0.5})
+        job.run(**{**options, "exit_threshold": 0.5}, gate_scores=True)
 
 
 def test_a_job_with_a_folder_that_is_no_checkpoint_is_refused_before_ray_starts(job: Any, tmp_path: Path) -> None:

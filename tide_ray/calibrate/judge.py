@@ -68,10 +68,14 @@ class Judge:
     def judge(self, examples: Sequence[Example], *, seed: int, with_lens: bool = False) -> Judged:
         """Run a split. ``with_lens`` also reads states without an exit head, for comparison."""
         judged = Judged(Reservoir(MAX_ROWS, seed), Reservoir(MAX_ROWS, seed + 1))
+        draw = np.random.default_rng(seed)
+        # Reading a row through every head costs more than computing it, so no more are read than are kept.
+        share = MAX_ROWS / max(1, sum(len(example.token_ids) - example.first_judged for example in examples))
         lens: dict[int, list[int]] = {depth: [0, 0] for depth in self._heads}
         fits_kv = bool(self._kv_heads)
         for rows in self._tracer.trace(examples, with_keys_values=fits_kv, with_attention=fits_kv):
-            for index in torch.from_numpy(np.flatnonzero(rows.is_judged)).split(CHUNK):
+            chosen = np.flatnonzero(rows.is_judged & (draw.random(len(rows.is_judged)) < share))
+            for index in torch.from_numpy(chosen).split(CHUNK):
                 self._judge_rows(rows, index, judged, lens if with_lens else None)
             self._judge_prompt(rows, judged)
         judged.lens_right = {depth: right / num for depth, (right, num) in lens.items() if num}

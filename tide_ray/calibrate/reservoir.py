@@ -27,9 +27,12 @@ class Reservoir:
             self._rows = {name: torch.empty((self._capacity, *t.shape[1:]), dtype=t.dtype) for name, t in rows.items()}
         numbers = np.arange(self._num_seen, self._num_seen + count)
         places = np.where(numbers < self._capacity, numbers, self._rng.integers(0, numbers + 1))
-        for offered in np.flatnonzero(places < self._capacity):
-            for name, tensor in rows.items():
-                self._rows[name][places[offered]] = tensor[offered]
+        offered = np.flatnonzero(places < self._capacity)
+        # Of rows that were drawn for one place the last one stays, as if they had come one by one.
+        kept, first_from_end = np.unique(places[offered][::-1], return_index=True)
+        index, chosen = torch.from_numpy(kept), torch.from_numpy(offered[::-1][first_from_end].copy())
+        for name, tensor in rows.items():
+            self._rows[name][index] = tensor[chosen]
         self._num_seen += count
 
     def take(self, name: str) -> Tensor:

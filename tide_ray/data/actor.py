@@ -26,7 +26,7 @@ from tide_ray.config import EngineConfig
 from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.prompts import PARAMS_COLUMN, non_default_params, parse_messages, parse_sampling_params
 from tide_ray.data.reports import Reporter
-from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, TIMES, TOKEN_IDS
+from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, GATE_SCORES_COLUMN, SCORES, TIMES, TOKEN_IDS
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
 from tide_ray.types import Prompt, RequestOutput, SamplingParams, UserError
@@ -69,6 +69,7 @@ class GeneratorOptions:
         continues_on_error: a rejected row gets its reason in the error column; otherwise it fails the data set.
         ledger_folder: where to note rows that are being run, to give up on rows that kill the process.
         ledger_key: the column that identifies rows there.
+        returns_gate_scores: rows get the gate's score of every token as well.
         reports_folder: where the actor reports what it has done; see ``reports``.
     """
 
@@ -79,6 +80,7 @@ class GeneratorOptions:
     continues_on_error: bool = False
     ledger_folder: str | None = None
     ledger_key: str = "row_id"
+    returns_gate_scores: bool = False
     reports_folder: str | None = None
 
 
@@ -130,7 +132,7 @@ class Generator:
             self._report_failure(error)
             raise
         self._report_batch(results)
-        yield _attach(batch, results)
+        yield _attach(batch, results, with_gate_scores=self._options.returns_gate_scores)
 
     async def _generate(self, row: dict[str, Any], batch_uuid: str) -> dict[str, Any]:
         start = time.perf_counter()
@@ -223,6 +225,7 @@ def _finished_row(output: RequestOutput, params: SamplingParams, batch_uuid: str
         "generated_text": completion.text,
         "num_generated_tokens": len(completion.token_ids),
         "exit_layers": completion.exit_layers,
+        GATE_SCORES_COLUMN: completion.gate_scores,
         "token_times_us": completion.token_times_us,
         "mean_exit_layer": completion.mean_exit_layer,
         "finish_reason": completion.finish_reason,
@@ -245,6 +248,7 @@ def _failed_row(row: dict[str, Any], error: str, batch_uuid: str) -> dict[str, A
         "generated_text": "",
         "num_generated_tokens": 0,
         "exit_layers": [],
+        GATE_SCORES_COLUMN: [],
         "token_times_us": [],
         "mean_exit_layer": 0.0,
         "finish_reason": "error",
@@ -266,8 +270,9 @@ def _given_prompt(row: dict[str, Any]) -> str | None:
     return messages if messages is None or isinstance(messages, str) else json.dumps(messages, default=str)
 
 
-def _attach(batch: pa.Table, results: Sequence[dict[str, Any]]) -> pa.Table:
-    made = pa.Table.from_pylist(list(results), schema=RESULT_SCHEMA)
-    carried = [name for name in batch.column_names if name not in RESULT_SCHEMA.names]
-    schema = pa.schema([*(batch.schema.field(name) for name in carried), *RESULT_SCHEMA])
+def _attach(batch: pa.Table, results: Sequence[dict[str, Any]], *, with_gate_scores: bool) -> pa.Table:
+    added = pa.schema([*RESULT_SCHEMA, (GATE_SCORES_COLUMN, SCORES)]) if with_gate_scores else RESULT_SCHEMA
+    made = pa.Table.from_pylist(list(results), schema=added)
+    carried = [name for name in batch.column_names if name not in added.names]
+    schema = pa.schema([*(batch.schema.field(name) for name in carried), *added])
     return pa.Table.from_arrays([*(batch[name] for name in carried), *made.columns], schema=schema)

@@ -163,6 +163,7 @@ class _Generation:
                 wraps_strings=not config.raw,
                 system_prompt=config.system_prompt,
                 returns_given_prompt=True,
+                returns_gate_scores=self.config.gate_scores,
                 continues_on_error=True,
                 ledger_folder=str(self.folder.scratch / "running"),
                 reports_folder=self.reports.folder,

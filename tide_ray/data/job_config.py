@@ -46,6 +46,7 @@ class GenerateJobConfig(BaseModel):
     output: str = Field(default="./tide-output", min_length=1, description="output folder")
     limit: int | None = Field(default=None, ge=1, description="read only this many prompts")
     keep_columns: list[str] | Literal["all"] = Field(default_factory=list, description="input columns to keep, or all")
+    gate_scores: bool = Field(default=False, description="also write every token's gate score (needs exits)")
     rows_per_part: int | None = Field(default=None, ge=1, description="rows per Parquet part")
 
     max_tokens: int = Field(default=128, description="most tokens to generate per prompt")
@@ -110,6 +111,8 @@ class GenerateJobConfig(BaseModel):
         config.engine_config()
         if config.raw and config.system_prompt is not None:
             raise UserError("system_prompt needs the chat template, got raw=True")
+        if config.gate_scores and config.exits is None:
+            raise UserError("gate_scores needs exits, a router checkpoint, got none")
         if "://" in config.output:
             raise UserError(f"output must be a folder that every node can see, got {config.output!r}")
         return config

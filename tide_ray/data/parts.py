@@ -17,18 +17,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tide_ray.data.schema import ERROR_COLUMN, ERROR_SCHEMA, KEPT_PREFIX, OUTPUT_SCHEMA, with_metadata
+from tide_ray.data.schema import (
+    ERROR_COLUMN,
+    ERROR_SCHEMA,
+    GATE_SCORES_COLUMN,
+    KEPT_PREFIX,
+    OUTPUT_SCHEMA,
+    SCORES,
+    with_metadata,
+)
 
 DATA_FOLDER = "data"
 ERRORS_FOLDER = "errors"
 
 
 def output_table(block: pa.Table) -> pa.Table:
-    """The successful rows of a processed block, in the output schema with the kept columns behind."""
+    """The successful rows of a processed block, in the output schema with optional and kept columns behind."""
     rows = block.filter(pc.equal(block[ERROR_COLUMN], ""))
     kept = [name for name in block.column_names if name.startswith(KEPT_PREFIX)]
-    columns = [rows[item.name].cast(item.type) for item in OUTPUT_SCHEMA] + [rows[name] for name in kept]
-    fields = [*OUTPUT_SCHEMA, *(pa.field(name.removeprefix(KEPT_PREFIX), block[name].type) for name in kept)]
+    ours = [*OUTPUT_SCHEMA]
+    if GATE_SCORES_COLUMN in block.column_names:
+        ours.append(pa.field(GATE_SCORES_COLUMN, SCORES))
+    columns = [rows[item.name].cast(item.type) for item in ours] + [rows[name] for name in kept]
+    fields = [*ours, *(pa.field(name.removeprefix(KEPT_PREFIX), block[name].type) for name in kept)]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 

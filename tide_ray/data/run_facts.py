@@ -37,6 +37,7 @@ def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapsho
         "policy": config.engine_config().resolved_policy,
         "exits": routers_identity(config.exits) if config.exits else None,
         **{name: getattr(config, name) for name in EXIT_FIELDS},
+        "gate_scores": config.gate_scores,
         "exit_layer": config.exit_layer,
         "skip_layers": config.skip_layers,
         "static_cost": config.static_cost,

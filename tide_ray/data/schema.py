@@ -23,6 +23,9 @@ def _plain_list(item: pa.DataType) -> pa.DataType:
 TOKEN_IDS = _plain_list(pa.int32())
 DEPTHS = _plain_list(pa.int16())
 TIMES = _plain_list(pa.int32())
+SCORES = _plain_list(pa.float32())
+GATE_SCORES_COLUMN = "gate_scores"
+"""There when asked for: of every token the score at the last boundary that asked it, NaN where none did."""
 
 OUTPUT_SCHEMA = pa.schema(
     [
