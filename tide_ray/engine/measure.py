@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -38,15 +38,19 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
     head: list[float] = []
     for size in sizes:
         rows, cache, hidden, calls = _launch_of(runner, size, context)
-        for number, stage in enumerate(runner.stages):
-            stages[number].append(_median(runner, partial(_run, runner, stage, hidden, calls, cache)))
-        # In a step the stages' weights pass through the caches between two uses of what is small, so here they do too.
+        # Stages take turns, as in a step: one stage's weights may fit into a cache that all of them together do not.
+        turns = [partial(_run, runner, stage, hidden, calls, cache) for stage in runner.stages]
+        for number, seconds in enumerate(_medians(runner, turns)):
+            stages[number].append(seconds)
+        # Small things as well are used again only after the stages' weights have passed through the caches.
         _, one_cache, one_row, one_calls = _launch_of(runner, 1, context)
         between = partial(_run, runner, max(runner.stages, key=lambda s: len(s.layers)), one_row, one_calls, one_cache)
         for number in range(len(exits.boundaries)):
-            gates[number].append(_median(runner, partial(_gate, runner, exits, number, hidden[0], context), between))
-            leaving[number].append(_median(runner, partial(_exit, exits, number, hidden[0], rows, calls), between))
-        head.append(_median(runner, partial(_head, runner, hidden), between))
+            ask = partial(_gate, runner, exits, number, hidden[0], context)
+            leave = partial(_exit, exits, number, hidden[0], rows, calls)
+            gates[number].append(_medians(runner, [between, ask])[1])
+            leaving[number].append(_medians(runner, [between, leave])[1])
+        head.append(_medians(runner, [between, partial(_head, runner, hidden)])[1])
     return EngineCosts(
         stages=tuple(CostCurve(sizes, tuple(seconds)) for seconds in stages),
         gates=tuple(CostCurve(sizes, tuple(seconds)) for seconds in gates),
@@ -96,17 +100,17 @@ def _head(runner: Runner, hidden: torch.Tensor) -> None:
     runner.adapter.head(runner.adapter.final_norm(hidden)).argmax(-1)
 
 
-def _median(runner: Runner, work: Callable[[], object], between: Callable[[], object] = lambda: None) -> float:
-    """Median seconds of a few calls after one that warms up; ``between`` runs before each and is not counted."""
+def _medians(runner: Runner, turns: Sequence[Callable[[], object]]) -> list[float]:
+    """Median seconds of each of ``turns``, which run in order a few times, after one round that warms up."""
     is_cuda = runner.adapter.device.type == "cuda"
-    seconds = []
+    seconds: list[list[float]] = [[] for _ in turns]
     for _ in range(REPEATS + 1):
-        between()
-        if is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+        for number, work in enumerate(turns):
+            if is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if is_cuda:
+                torch.cuda.synchronize()
+            seconds[number].append(time.perf_counter() - start)
+    return [statistics.median(each[1:]) for each in seconds]
