@@ -31,9 +31,11 @@ BOTTLENECK, LEARNING_RATE = 128, 1e-3
 
 
 def run_calibration(
-    text: str, *, model: str, dtype: str, samples: int, epochs: int, num_threads: int
+    text: str, *, model: str, dtype: str, samples: int, max_tokens: int, epochs: int, num_threads: int
 ) -> dict[str, Any]:
     """Time both; the recipe's training time is scaled to its 100 epochs when ``epochs`` are fewer.
+
+    ``max_tokens``: of each sample that ours reads; the recipe reads 512.
 
     Raises:
         UserError: the text has too few samples.
@@ -45,7 +47,7 @@ def run_calibration(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "samples.txt"
         file.write_text("\n".join(chosen) + "\n", encoding="utf-8")
-        settings = {"model": model, "dtype": dtype, "text": str(file), "num_prompts": samples}
+        settings = {"model": model, "dtype": dtype, "text": str(file), "num_prompts": samples, "max_tokens": max_tokens}
         theirs = _in_process(_recipe, {**settings, "epochs": epochs, "num_threads": num_threads})
         ours = _in_process(_ours, {**settings, "output": str(Path(folder) / "out"), "num_threads": num_threads})
     return {
@@ -53,6 +55,7 @@ def run_calibration(
         "dtype": dtype,
         "text": Path(text).name,
         "samples": samples,
+        "max_tokens": max_tokens,
         "recipe": theirs,
         "ours": ours,
         "ratio": round(theirs["seconds"] / ours["seconds"], 2),
@@ -62,7 +65,7 @@ def run_calibration(
 def _in_process(work: Callable[[dict[str, Any]], dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(work, settings, theirs))
+    process = context.Process(target=_report, args=(work, settings, theirs), daemon=True)
     process.start()
     theirs.close()
     try:

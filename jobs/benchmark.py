@@ -204,6 +204,7 @@ def quality(
 def calibration(
     text: Annotated[str, typer.Argument(help="text file, one sample per line")],
     samples: Annotated[int, typer.Option(help="lines of more than 100 characters to use")] = 2000,
+    max_tokens: Annotated[int, typer.Option(help="tokens of each sample that ours reads; the recipe reads 512")] = 64,
     epochs: Annotated[int, typer.Option(help="epochs of the recipe to run; its time is scaled to 100")] = 100,
     model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
@@ -222,6 +223,7 @@ def calibration(
             model=model,
             dtype=dtype,
             samples=_positive("samples", samples),
+            max_tokens=_positive("max_tokens", max_tokens),
             epochs=_positive("epochs", epochs),
             num_threads=machine["num_threads"],
         )

@@ -212,16 +212,10 @@ def import_tide(
 
         from tide_ray.exits.checkpoint import check_output_folder
         from tide_ray.exits.tide_import import import_tide
-        from tide_ray.models.load import load
+        from tide_ray.models.load import load_as
 
         check_output_folder(Path(settings.output))
-        loaded = load(
-            settings.model,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        loaded = load_as(settings.model, settings)
         routers = import_tide(router, loaded)
         routers.save(settings.output)
         typer.echo(f"boundaries {', '.join(map(str, routers.depths))} written to {settings.output}")

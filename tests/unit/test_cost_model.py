@@ -78,6 +78,35 @@ def test_observed_exits_replace_the_calibrated_share_and_switch_a_boundary_off_a
     assert planner.num_switches == 2
 
 
+def test_a_stage_that_slows_down_switches_its_boundary_on() -> None:
+    """Contexts outgrow the start-up measurement: attention in the deep stage costs more, and skipping it then pays."""
+    planner = LaunchPlanner(costs(line(0.1, 0.01), line(0.1, 0.001), gate=line(0.04, 0.0)), [0.5])
+    assert not planner.plan(64).exits
+    for _ in range(200):
+        planner.took(0, 64, 0.1 + 64 * 0.01)
+        planner.took(1, 64, 3 * (0.1 + 64 * 0.001))
+    assert planner.time_factors == pytest.approx([1.0, 3.0], abs=0.1)
+    assert planner.plan(64).exits
+
+
+def test_a_machine_that_slows_down_altogether_changes_no_plan() -> None:
+    measured = costs(line(0.1, 0.01), line(0.1, 0.01), gate=line(0.09, 0.0))
+    planner = LaunchPlanner(measured, [0.5])
+    before = planner.plan(64)
+    for _ in range(400):
+        for stage in (0, 1):
+            planner.took(stage, 64, 2 * (0.1 + 64 * 0.01))
+    after = planner.plan(64)
+    assert (after.is_on, after.holds) == (before.is_on, before.holds)
+    assert after.rate == pytest.approx(before.rate / 2, rel=0.1)
+
+
+def test_one_slow_launch_changes_nothing() -> None:
+    planner = LaunchPlanner(costs(line(0.1, 0.01), line(0.1, 0.01)), [0.5])
+    planner.took(1, 64, 1000.0)
+    assert planner.time_factors[1] < 1.1
+
+
 def test_survivors_wait_for_as_many_launches_as_the_plan_says() -> None:
     planner = LaunchPlanner(None, [0.5])
     planner.current = best_plan(costs(line(1.0, 0.001), line(9.0, 0.001)), 256, [0.5])

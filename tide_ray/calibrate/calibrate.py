@@ -31,11 +31,13 @@ from tide_ray.engine.memory import return_freed_memory
 from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, check_output_folder, fingerprint_of
 from tide_ray.exits.gates import Gate, PrefillGate, places
 from tide_ray.exits.rotary import Rotary, find_rotary
-from tide_ray.models.load import load
+from tide_ray.models.load import load_as
 from tide_ray.types import UserError
 
 CANDIDATES = (0.4, 0.53, 0.67, 0.8, 0.87, 0.93)
 """Depths compared, as shares of the model's layers."""
+MAX_JUDGED = {"gate": 16_384, "calibrate": 8192, "test": 8192}
+"""Rows kept of each split that is read through all heads."""
 _Choice = tuple[list[Boundary], dict[str, Any]]
 LABEL = "top-1 equals full depth's, here and at every later candidate"
 
@@ -72,9 +74,14 @@ class Calibration:
             heads = fitter.ready(fitted.heads)
             judge = Judge(self.adapter, self.tracer, heads, fitter.ready(fitted.kv_heads), fitted.kv_scales)
             judged = {}
-            for number, name in enumerate(("gate", "calibrate", "test")):
+            for number, name in enumerate(MAX_JUDGED):
                 self.progress(f"judging the {name} split", number / 3)
-                judged[name] = judge.judge(splits[name], seed=self.config.seed + number, with_lens=name == "test")
+                judged[name] = judge.judge(
+                    splits[name],
+                    max_rows=MAX_JUDGED[name],
+                    seed=self.config.seed + number,
+                    with_lens=name == "test",
+                )
         with self._timed("gates"):
             sureness = Sureness(self.adapter, heads, fitted.shortlist)
             candidates = [self._boundary(depth, fitted, judged, sureness) for depth in self.depths]
@@ -200,13 +207,7 @@ def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _sha
     check_output_folder(Path(config.output))
     started = time.perf_counter()
     progress("loading the model", 0.0)
-    loaded = load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = load_as(config.model, config)
     engine = TideEngine(loaded, EngineConfig(num_threads=config.num_threads))
     adapter = engine.runner.adapter
     depths = candidate_depths(adapter.num_layers, config.boundaries)

@@ -15,7 +15,6 @@ from tide_ray.calibrate.trace import Tracer, TraceRows
 from tide_ray.exits.readouts import ExitHead, KVHead, kv_width
 from tide_ray.models.adapter import Adapter, KVShape
 
-MAX_ROWS = 16_384
 CHUNK = 512
 
 
@@ -65,12 +64,13 @@ class Judge:
         self._kv_scales = kv_scales
 
     @torch.inference_mode()
-    def judge(self, examples: Sequence[Example], *, seed: int, with_lens: bool = False) -> Judged:
-        """Run a split. ``with_lens`` also reads states without an exit head, for comparison."""
-        judged = Judged(Reservoir(MAX_ROWS, seed), Reservoir(MAX_ROWS, seed + 1))
+    def judge(self, examples: Sequence[Example], *, max_rows: int, seed: int, with_lens: bool = False) -> Judged:
+        """Run a split, keeping at most ``max_rows`` rows of either kind. ``with_lens`` also reads states without an
+        exit head, for comparison."""
+        judged = Judged(Reservoir(max_rows, seed), Reservoir(max_rows, seed + 1))
         draw = np.random.default_rng(seed)
         # Reading a row through every head costs more than computing it, so no more are read than are kept.
-        share = MAX_ROWS / max(1, sum(len(example.token_ids) - example.first_judged for example in examples))
+        share = max_rows / max(1, sum(len(example.token_ids) - example.first_judged for example in examples))
         lens: dict[int, list[int]] = {depth: [0, 0] for depth in self._heads}
         fits_kv = bool(self._kv_heads)
         for rows in self._tracer.trace(examples, with_keys_values=fits_kv, with_attention=fits_kv):

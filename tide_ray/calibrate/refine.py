@@ -38,6 +38,7 @@ class RestrictedReadout:
                 counts += torch.bincount(logits.topk(LIKELIEST, dim=-1).indices.flatten().cpu(), minlength=len(counts))
             self.token_ids = counts.topk(min(NUM_TOKENS, int((counts > 0).sum()))).indices
             self._matrix, self._bias = self._linear_head()
+            self._working = self._matrix.to(adapter.dtype)
 
     def _linear_head(self) -> tuple[Tensor, Tensor]:
         adapter = self._adapter
@@ -62,9 +63,9 @@ class RestrictedReadout:
         return self._matrix[:, :num_tokens].T.contiguous()
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Pre-norm states ``[N, D]`` -> float32 logits ``[N, tokens]``."""
+        """Pre-norm states ``[N, D]`` -> float32 logits ``[N, tokens]``, multiplied in the model's dtype."""
         normed = self._adapter.final_norm(states[None])[0]
-        return normed.float() @ self._matrix + self._bias
+        return (normed @ self._working).float() + self._bias
 
 
 def refine_head(head: ExitHead, states: Tensor, final_states: Tensor, readout: RestrictedReadout, *, seed: int) -> None:
@@ -79,10 +80,11 @@ def refine_head(head: ExitHead, states: Tensor, final_states: Tensor, readout: R
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
     num_steps = -(-len(states) // BATCH) * EPOCHS
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(num_steps, 2))
+    with torch.no_grad():
+        targets = torch.cat([readout(part).log_softmax(-1).to(part.dtype) for part in final_states.split(CHUNK)])
     for _ in range(EPOCHS):
         for index in torch.randperm(len(states), generator=generator).split(BATCH):
-            with torch.no_grad():
-                target = readout(final_states[index]).log_softmax(-1)
+            target = targets[index].float()
             predicted = readout(head(states[index].float()).to(final_states.dtype)).log_softmax(-1)
             loss = torch.nn.functional.kl_div(predicted, target, log_target=True, reduction="batchmean")
             optimizer.zero_grad()

@@ -35,6 +35,9 @@ class CostCurve:
         slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
         return self.seconds[left] + slope * (num_rows - self.rows[left])
 
+    def scaled(self, factor: float) -> CostCurve:
+        return CostCurve(self.rows, tuple(seconds * factor for seconds in self.seconds))
+
 
 FREE = CostCurve((0, 1), (0.0, 0.0))
 
@@ -48,6 +51,16 @@ class EngineCosts:
     gates: tuple[CostCurve, ...]
     exits: tuple[CostCurve, ...]
     head: CostCurve
+
+    def scaled(self, factors: Sequence[float]) -> EngineCosts:
+        """Stages that take ``factors`` times as long as measured; all else slows down as the least slowed of them."""
+        common = min(factors)
+        return EngineCosts(
+            stages=tuple(stage.scaled(factor) for stage, factor in zip(self.stages, factors, strict=True)),
+            gates=tuple(gate.scaled(common) for gate in self.gates),
+            exits=tuple(exit_.scaled(common) for exit_ in self.exits),
+            head=self.head.scaled(common),
+        )
 
     def without_overheads(self) -> EngineCosts:
         """Gates and exits for nothing: what bounds any engine with these stages."""

@@ -26,7 +26,7 @@ from tide_ray.engine.sequence import Sequence, now_us
 from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.adapter import Adapter
-from tide_ray.models.load import LoadedModel, load
+from tide_ray.models.load import LoadedModel, load_as
 from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
 
@@ -105,13 +105,7 @@ class TideEngine:
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> TideEngine:
         """Load ``model`` (hub id, folder, .gguf file or ``demo``) and make an engine for it."""
         config = config or EngineConfig()
-        loaded = load(
-            model,
-            revision=config.revision,
-            dtype=config.dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        loaded = load_as(model, config)
         return cls(loaded, config)
 
     @property

@@ -12,7 +12,7 @@ from tide_ray.engine.kv_fill import KVFill
 from tide_ray.engine.measure import measure_costs
 from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.engine.runner import Runner
-from tide_ray.engine.sequence import ExitRules
+from tide_ray.engine.sequence import NO_EXITS, ExitRules
 from tide_ray.exits.checkpoint import Boundary, Routers, fingerprint_of
 from tide_ray.exits.policies import CapacityExits, ExitPolicy, ScoredExits, Scorer
 from tide_ray.exits.rotary import find_rotary
@@ -76,6 +76,7 @@ def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner
         "exit_shares": [round(share, 4) for share in planner.shares],
         "boundaries_on": list(planner.current.is_on),
         "holds": list(planner.current.holds),
+        "time_factors": [round(factor, 3) for factor in planner.time_factors],
         "switches": planner.num_switches,
     }
 
@@ -128,7 +129,7 @@ def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingPa
             value = getattr(params, name)
             if value is not None and (name, value) != ("exit_policy", "full"):
                 raise UserError(f"{name} needs an engine with exits (a router checkpoint), got {value!r}")
-        return ExitRules()
+        return NO_EXITS
     policy = params.exit_policy or ("router" if config.policy == "auto" else config.policy)
     min_depth = config.exit_min_depth if params.exit_min_depth is None else params.exit_min_depth
     given = config.exit_threshold if params.exit_threshold is None else params.exit_threshold

@@ -1,7 +1,8 @@
 """Chooses, from measured costs and the exits seen so far, which boundaries are on and how long survivors wait.
 
-The choice is made anew as the number of residents and the share of exits change. A boundary that is off is asked now
-and then without letting anything stop, so that it can come back.
+The choice is made anew as the number of residents, the share of exits and the time that stages take change (contexts
+grow, other work shares the machine). A boundary that is off is asked now and then without letting anything stop, so
+that it can come back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan
 
 PROBE_EVERY = 64
 SMOOTHING = 0.1
+TIME_SMOOTHING = 0.02
+TIME_STEP = 0.1
+"""Plans are made anew when a stage takes this much more or less of its measured time."""
+MAX_TIME_FACTOR = 4.0
 WARM_ROWS = 32
 """Rows to see at a boundary before its observed share of exits replaces the calibrated one."""
 
@@ -32,6 +37,7 @@ class LaunchPlanner:
         self._seen = [0] * len(shares)
         self._since = [0] * (len(shares) + 1)  # launches of the stage before, since each stage's last launch
         self._steps = 0
+        self.time_factors = [1.0] * (len(shares) + 1)  # time of each stage's launches over the measured curve's
         self._plans: dict[tuple[int, ...], LaunchPlan] = {}
         self.current = LaunchPlan((True,) * len(shares), (1,) * len(shares), 0.0)
         self.num_switches = 0
@@ -42,19 +48,20 @@ class LaunchPlanner:
         if self.costs is None or residents == 0:
             return self.current
         rounded = [round(share * 50) for share in self.shares]
-        key = (_bucket(residents), *rounded)
+        slowed = [round(factor / TIME_STEP) for factor in self.time_factors]
+        key = (_bucket(residents), *rounded, *slowed)
         if key not in self._plans:
-            self._plans[key] = self._choose(key[0], [share / 50 for share in rounded])
+            costs = self.costs.scaled([factor * TIME_STEP for factor in slowed])
+            self._plans[key] = self._choose(costs, key[0], [share / 50 for share in rounded])
         chosen = self._plans[key]
         self.num_switches += chosen.is_on != self.current.is_on
         self.current = chosen
         return chosen
 
-    def _choose(self, residents: int, shares: Sequence[float]) -> LaunchPlan:
-        assert self.costs is not None
+    def _choose(self, costs: EngineCosts, residents: int, shares: Sequence[float]) -> LaunchPlan:
         if self.always:
-            return best_plan(self.costs, residents, shares, min_gain=0.0, must_be_on=True)
-        return best_plan(self.costs, residents, shares)
+            return best_plan(costs, residents, shares, min_gain=0.0, must_be_on=True)
+        return best_plan(costs, residents, shares)
 
     @property
     def probes(self) -> bool:
@@ -70,6 +77,12 @@ class LaunchPlanner:
             return
         weight = min(1.0, SMOOTHING * num_asked / 32)
         self.shares[boundary] += weight * (num_stopped / num_asked - self.shares[boundary])
+
+    def took(self, stage: int, num_rows: int, seconds: float) -> None:
+        """Note how long a launch of decode rows took."""
+        if self.costs is not None:
+            factor = min(seconds / self.costs.stages[stage](num_rows), MAX_TIME_FACTOR)
+            self.time_factors[stage] += TIME_SMOOTHING * (factor - self.time_factors[stage])
 
     def should_launch(self, stage: int, num_ready: int) -> bool:
         """Whether the rows ready for ``stage`` run now (True) or wait for more."""

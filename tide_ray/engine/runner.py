@@ -8,6 +8,7 @@ per step, over everything whose token is due.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -80,12 +81,12 @@ class Runner:
         is_on, probes = self._plan(lanes)
         arrived: Arrivals | None = self._prepared(lanes) if lanes else None
         leaving: list[Leaving] = []
-        for index, stage in enumerate(self.stages):
+        for index in range(len(self.stages)):
             flow = self._enter(index, arrived, must_launch=not spans)
             if flow is None:
                 arrived = None
                 continue
-            self._launch(stage, flow)
+            self._launch(index, flow)
             if index == len(self.stages) - 1:
                 leaving += self._finished(flow)
             else:
@@ -102,9 +103,13 @@ class Runner:
         plan = self.planner.plan(sum(lane.may_wait for lane in lanes) + waiting)
         return plan.is_on, self.planner.probes
 
-    def _launch(self, stage: Stage, flow: Flow) -> None:
-        packed = flow.hidden[None]
+    def _launch(self, index: int, flow: Flow) -> None:
+        stage, packed = self.stages[index], flow.hidden[None]
+        start = time.perf_counter()
         flow.hidden = stage.run(self.adapter, packed, flow.calls, flow.cache, self.stats.rows_through_layer)[0]
+        # On a GPU the work has only been queued by now, and waiting for it would cost more than the knowledge is worth.
+        if self.planner is not None and not flow.rows.chunks and self.adapter.device.type == "cpu":
+            self.planner.took(index, flow.rows.num_rows, time.perf_counter() - start)
         self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
         num_deferred = sum(int((lane.fates == FOLLOWS).sum()) for lane in flow.lanes if lane.num_rows > 1)
         if num_deferred:

@@ -26,7 +26,7 @@ class ExitRules:
     scorer: str = "router"
 
 
-NEVER = ExitRules()
+NO_EXITS = ExitRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
     gate_scores: list[float] = field(default_factory=list)
-    exit_rules: ExitRules = NEVER
+    exit_rules: ExitRules = NO_EXITS
     num_computed: int = 0
     slot: int = -1  # its row in the buffers of waiting states while it is resident
     stage: int = 0  # the stage that its newest token is ready for

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import HfApi
@@ -92,6 +92,30 @@ class _Source:
 
     def existing(self, names: Iterable[str]) -> list[Path]:
         return [path for path in map(self.file, names) if path is not None]
+
+
+class LoadSettings(Protocol):
+    """What a configuration says of loading, whatever else it holds; the fields are the arguments of ``load``."""
+
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+def load_as(model: str | os.PathLike[str], settings: LoadSettings) -> LoadedModel:
+    """``load`` with the settings of a configuration."""
+    return load(
+        model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def load(
