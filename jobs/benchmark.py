@@ -7,17 +7,11 @@ measures forced exits, ``exits`` the speed of a router checkpoint, ``quality`` w
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
+from bench_options import finish, parse_numbers, parse_positive, parse_shares, user_errors, workload_from
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -48,7 +42,7 @@ def throughput(
     """Engine at full depth against HF generate, its profile, and the Ray job against the bare engine."""
     from tide_ray.types import UserError
 
-    with _errors():
+    with user_errors():
         for name, value in (
             ("max_tokens", max_tokens),
             ("rounds", rounds),
@@ -56,8 +50,8 @@ def throughput(
             ("limit", limit),
         ):
             if value is not None:
-                _positive(name, value)
-        numbers = _numbers("engine_seqs", engine_seqs), _numbers("hf_batch_sizes", hf_batch_sizes)
+                parse_positive(name, value)
+        numbers = parse_numbers("engine_seqs", engine_seqs), parse_numbers("hf_batch_sizes", hf_batch_sizes)
         if output is not None and Path(output).is_dir():
             raise UserError(f"output must be a file, got the folder {output!r}")
 
@@ -80,7 +74,7 @@ def throughput(
         )
     facts = {"benchmark": "throughput", **machine, **measured}
     print_report(facts)
-    _finish(facts, output)
+    finish(facts, output)
 
 
 @app.command()
@@ -97,11 +91,11 @@ def depth(
     output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
 ) -> None:
     """Forced exits under several launch policies against full depth at the same residents, beside their limits."""
-    with _errors():
+    with user_errors():
         for name, value in (("rounds", rounds), ("tokens", tokens), ("num_threads", num_threads)):
             if value is not None:
-                _positive(name, value)
-        counts = _numbers("residents", residents)
+                parse_positive(name, value)
+        counts = parse_numbers("residents", residents)
 
         from bench_depth import Scenario, run_depth
         from bench_machine import machine_facts, num_cores
@@ -119,7 +113,7 @@ def depth(
         )
     facts = {"benchmark": "depth", **machine, **measured}
     print_depth_report(facts)
-    _finish(facts, output)
+    finish(facts, output)
 
 
 @app.command()
@@ -143,25 +137,25 @@ def exits(
     output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
 ) -> None:
     """A router checkpoint against full depth: speed, agreement with full depth, and their limits."""
-    with _errors():
+    with user_errors():
         from bench_exits import run_exits
         from bench_machine import machine_facts, num_cores
         from bench_report import print_exits_report
 
         machine = machine_facts(num_threads or num_cores())
         measured = run_exits(
-            _workload(prompts, few_shot, shots, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
+            workload_from(prompts, few_shot, shots, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
             checkpoint,
-            errors=_shares("errors", errors),
-            prefill_shares=_shares("prefill_shares", prefill_shares),
-            residents=_numbers("residents", residents) if residents else [],
-            rounds=_positive("rounds", rounds),
+            errors=parse_shares("errors", errors),
+            prefill_shares=parse_shares("prefill_shares", prefill_shares),
+            residents=parse_numbers("residents", residents) if residents else [],
+            rounds=parse_positive("rounds", rounds),
             num_threads=machine["num_threads"],
-            max_num_seqs=_positive("max_num_seqs", max_num_seqs),
+            max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
         )
     facts = {"benchmark": "exits", **machine, **measured}
     print_exits_report(facts)
-    _finish(facts, output)
+    finish(facts, output)
 
 
 @app.command()
@@ -182,22 +176,22 @@ def quality(
     output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
 ) -> None:
     """What exits at each boundary cost in agreement with full depth, by K/V policy and by who chooses prompt tokens."""
-    with _errors():
+    with user_errors():
         from bench_machine import machine_facts, num_cores
         from bench_quality import run_quality
         from bench_report import print_quality_report
 
         machine = machine_facts(num_threads or num_cores())
         measured = run_quality(
-            _workload(prompts, few_shot, shots, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
+            workload_from(prompts, few_shot, shots, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
             checkpoint,
-            shares=_shares("shares", shares),
-            tail=_positive("tail", tail),
+            shares=parse_shares("shares", shares),
+            tail=parse_positive("tail", tail),
             num_threads=machine["num_threads"],
         )
     facts = {"benchmark": "quality", **machine, **measured}
     print_quality_report(facts)
-    _finish(facts, output)
+    finish(facts, output)
 
 
 @app.command()
@@ -212,7 +206,7 @@ def calibration(
     output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
 ) -> None:
     """Calibration on text against the recipe of TIDE, on the same samples."""
-    with _errors():
+    with user_errors():
         from bench_calibration import run_calibration
         from bench_machine import machine_facts, num_cores
         from bench_report import print_calibration_report
@@ -222,85 +216,14 @@ def calibration(
             text,
             model=model,
             dtype=dtype,
-            samples=_positive("samples", samples),
-            max_tokens=_positive("max_tokens", max_tokens),
-            epochs=_positive("epochs", epochs),
+            samples=parse_positive("samples", samples),
+            max_tokens=parse_positive("max_tokens", max_tokens),
+            epochs=parse_positive("epochs", epochs),
             num_threads=machine["num_threads"],
         )
     facts = {"benchmark": "calibration", **machine, **measured}
     print_calibration_report(facts)
-    _finish(facts, output)
-
-
-def _workload(
-    prompts: list[str] | None, few_shot: str | None, shots: int, *, limit: int | None, **settings: Any
-) -> Any:
-    from bench_workload import Workload, few_shot_texts
-
-    if few_shot is None:
-        return Workload.read(prompts or [], limit=limit, **settings)
-    texts = few_shot_texts(few_shot, _positive("shots", shots), limit or 64)
-    return Workload(sources=[f"{Path(few_shot).name}, {shots} shots"], texts=texts, **settings)
-
-
-def _shares(name: str, text: str) -> list[float]:
-    from tide_ray.types import UserError
-
-    try:
-        shares = [float(part) for part in text.split(",") if part]
-    except ValueError:
-        shares = [-1.0]
-    if not all(0 < share <= 1 for share in shares):
-        raise UserError(f"{name} must be numbers in (0, 1] separated by commas, got {text!r}")
-    return shares
-
-
-def _finish(facts: dict[str, Any], output: str | None) -> None:
-    """The file if one is asked for, and the last line."""
-    if output is not None:
-        _write(Path(output), json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts))
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A user's mistake ends with one line and exit code 2, a failed job with 1."""
-    from tide_ray.data.job_folder import JobError
-    from tide_ray.types import UserError
-
-    try:
-        yield
-    except (UserError, JobError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-
-
-def _positive(name: str, value: int) -> int:
-    from tide_ray.types import UserError
-
-    if value < 1:
-        raise UserError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    from tide_ray.types import UserError
-
-    try:
-        return [_positive(name, int(part)) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{name} must be positive integers separated by commas, got {text!r}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    finish(facts, output)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 from references import loaded
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
+from tide_ray.cli import app
+from tide_ray.exits.checkpoint import Routers
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.tide_import import import_tide
 from tiny_models import build_tiny_model
@@ -117,3 +120,20 @@ def test_a_model_whose_final_norm_centres_states_is_refused(tmp_path: Path) -> N
     path = write_router(tmp_path / "router.pt", other.config.hidden_size)
     with pytest.raises(UserError, match="RMSNorm"):
         import_tide(str(path), loaded(other))
+
+
+def test_the_command_writes_a_checkpoint_and_refuses_a_wrong_file_with_exit_code_2(
+    tmp_path: Path, model: PreTrainedModel
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    path = write_router(tmp_path / "router.pt", model.config.hidden_size)
+    options = ["--model", str(tmp_path / "model"), "--dtype", "float32"]
+    done = CliRunner().invoke(app, ["import-tide", str(path), *options, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert Routers.load(tmp_path / "out").depths == (1, 3)
+    wrong = CliRunner().invoke(
+        app, ["import-tide", str(tmp_path / "none.pt"), *options, "--output", str(tmp_path / "x")]
+    )
+    assert wrong.exit_code == 2
+    assert wrong.stderr.startswith("error: router must be a file")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,93 @@
+"""What the benchmark commands share: reading options, a user's mistakes, and the last line of JSON.
+
+torch and ray are imported only when something runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bench_workload import Workload
+
+
+def workload_from(
+    prompts: list[str] | None, few_shot: str | None, shots: int, *, limit: int | None, **settings: Any
+) -> Workload:
+    """Prompts from files, or few-shot prompts where ``few_shot`` names a file."""
+    from bench_workload import Workload, few_shot_texts
+
+    if few_shot is None:
+        return Workload.read(prompts or [], limit=limit, **settings)
+    texts = few_shot_texts(few_shot, parse_positive("shots", shots), limit or 64)
+    return Workload(sources=[f"{Path(few_shot).name}, {shots} shots"], texts=texts, **settings)
+
+
+def parse_shares(name: str, text: str) -> list[float]:
+    """Numbers in (0, 1] separated by commas. Raises UserError for anything else."""
+    from tide_ray.types import UserError
+
+    try:
+        shares = [float(part) for part in text.split(",") if part]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 < share <= 1 for share in shares):
+        raise UserError(f"{name} must be numbers in (0, 1] separated by commas, got {text!r}")
+    return shares
+
+
+def finish(facts: dict[str, Any], output: str | None) -> None:
+    """The file if one is asked for, and the last line."""
+    if output is not None:
+        _write(Path(output), json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake ends with one line and exit code 2, a failed job with 1."""
+    from tide_ray.data.job_folder import JobError
+    from tide_ray.types import UserError
+
+    try:
+        yield
+    except (UserError, JobError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+
+
+def parse_positive(name: str, value: int) -> int:
+    """The value, if it is at least 1. Raises UserError if not."""
+    from tide_ray.types import UserError
+
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def parse_numbers(name: str, text: str) -> list[int]:
+    """Positive integers separated by commas. Raises UserError for anything else."""
+    from tide_ray.types import UserError
+
+    try:
+        return [parse_positive(name, int(part)) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{name} must be positive integers separated by commas, got {text!r}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
