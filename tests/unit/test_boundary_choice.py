@@ -47,5 +47,5 @@ def test_a_larger_saving_that_damages_later_tokens_is_not_chosen() -> None:
 
 
 def test_without_a_set_that_is_good_enough_the_least_damage_wins() -> None:
-    sets = [BoundarySet((0, 1), 0.12, 0.09), BoundarySet((1,), 0.08, 0.04), BoundarySet((0,), 0.1, 0.05)]
+    sets = [BoundarySet((0, 1), 0.12, 0.09), BoundarySet((1,), 0.08, 0.05), BoundarySet((0,), 0.1, 0.06)]
     assert best_set(sets).numbers == (1,)
