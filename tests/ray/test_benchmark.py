@@ -119,8 +119,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_help_does_not_import_torch() -> None:
-    code = (
-        f"import runpy, sys; sys.argv = ['b', 'throughput', '--help']; runpy.run_path({str(PROGRAM)!r}, run_name='m')"
+    code = (  # a script's own folder is on the path when it is run, but not when runpy does it
+        f"import runpy, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); sys.argv = ['b', 'throughput', '--help']; "
+        f"runpy.run_path({str(PROGRAM)!r}, run_name='m')"
     )
     check = f"{code}['app'](standalone_mode=False); assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=False)
