@@ -21,6 +21,7 @@ from torch import nn
 
 from tide_ray.calibrate.calibrate import calibrate
 from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.corpus import read_lines
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import load
 from tide_ray.types import UserError
@@ -38,9 +39,9 @@ def run_calibration(
     ``max_tokens``: of each sample that ours reads; the recipe reads 512.
 
     Raises:
-        UserError: the text has too few samples.
+        UserError: the text cannot be read, or has too few samples.
     """
-    lines = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_lines(text)]
     chosen = [line for line in lines if len(line) > 100][:samples]
     if len(chosen) < samples:
         raise UserError(f"samples: {text!r} has {len(chosen)} lines of more than 100 characters, got {samples}")

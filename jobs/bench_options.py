@@ -1,4 +1,4 @@
-"""What the benchmark commands share: reading options, a user's mistakes, and the last line of JSON.
+"""What the benchmark commands share: options and their reading, a user's mistakes, and the last line of JSON.
 
 torch and ray are imported only when something runs, so that help is instant.
 """
@@ -10,12 +10,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from bench_workload import Workload
+
+Checkpoint = Annotated[str, typer.Argument(help="folder of a router checkpoint")]
+Prompts = Annotated[list[str] | None, typer.Argument(help="JSONL files, FILE or FILE:N; default: demo")]
+Shots = Annotated[int, typer.Option(help="solved examples before each question")]
+Model = Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
+AnswerTokens = Annotated[int, typer.Option(help="most new tokens per prompt")]
+NumThreads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores")]
+Limit = Annotated[int | None, typer.Option(help="use only this many prompts")]
+Output = Annotated[str | None, typer.Option(help="write the JSON here as well")]
+Rounds = Annotated[int, typer.Option(help="times that every contender runs")]
+FewShot = Annotated[str | None, typer.Option(help="JSONL with prompt and answer: questions after solved ones")]
 
 
 def workload_from(

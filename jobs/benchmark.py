@@ -11,7 +11,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from bench_options import finish, parse_numbers, parse_positive, parse_shares, user_errors, workload_from
+from bench_options import (
+    AnswerTokens,
+    Checkpoint,
+    Dtype,
+    FewShot,
+    Limit,
+    Model,
+    NumThreads,
+    Output,
+    Prompts,
+    Rounds,
+    Shots,
+    finish,
+    parse_numbers,
+    parse_positive,
+    parse_shares,
+    user_errors,
+    workload_from,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -27,17 +45,17 @@ def throughput(
         list[str] | None,
         typer.Argument(help="JSONL files with a prompt column, FILE or FILE:N for its first N; default: demo prompts"),
     ] = None,
-    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    model: Model = "demo",
+    dtype: Dtype = "auto",
     max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt; answers end at EOS")] = 128,
-    rounds: Annotated[int, typer.Option(help="times that every contender runs")] = 3,
+    rounds: Rounds = 3,
     engine_seqs: Annotated[str, typer.Option(help="resident sequences of the engine, separated by commas")] = "64,128",
     hf_batch_sizes: Annotated[str, typer.Option(help="static batches of HF generate, separated by commas")] = "64,128",
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
-    limit: Annotated[int | None, typer.Option(help="use only this many prompts")] = None,
+    num_threads: NumThreads = None,
+    limit: Limit = None,
     hf_continuous: Annotated[bool, typer.Option(help="also run HF generate_batch (slow on a CPU)")] = False,
     ray: Annotated[bool, typer.Option(help="also run the Ray job and compare it with the bare engine")] = True,
-    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+    output: Output = None,
 ) -> None:
     """Engine at full depth against HF generate, its profile, and the Ray job against the bare engine."""
     from tide_ray.types import UserError
@@ -83,12 +101,12 @@ def depth(
         str, typer.Option(help="DEPTH:SHARE of tokens made to exit there, separated by commas")
     ] = "15:0.5,24:0.3",
     residents: Annotated[str, typer.Option(help="resident sequences, separated by commas")] = "1,8,32,64,128,256",
-    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    rounds: Annotated[int, typer.Option(help="times that every contender runs")] = 3,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    rounds: Rounds = 3,
     tokens: Annotated[int, typer.Option(help="tokens per resident in each run")] = 24,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
-    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+    num_threads: NumThreads = None,
+    output: Output = None,
 ) -> None:
     """Forced exits under several launch policies against full depth at the same residents, beside their limits."""
     with user_errors():
@@ -118,23 +136,21 @@ def depth(
 
 @app.command()
 def exits(
-    checkpoint: Annotated[str, typer.Argument(help="folder of a router checkpoint")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="JSONL files, FILE or FILE:N; default: demo")] = None,
+    checkpoint: Checkpoint,
+    prompts: Prompts = None,
     errors: Annotated[str, typer.Option(help="calibrated error levels, separated by commas")] = "0.01,0.05",
     prefill_shares: Annotated[str, typer.Option(help="shares of prompt tokens that stop, or nothing")] = "",
     residents: Annotated[str, typer.Option(help="also decode with exactly these many residents")] = "",
-    few_shot: Annotated[
-        str | None, typer.Option(help="JSONL with prompt and answer: questions after solved ones")
-    ] = None,
-    shots: Annotated[int, typer.Option(help="solved examples before each question")] = 8,
-    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt")] = 128,
+    few_shot: FewShot = None,
+    shots: Shots = 8,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 128,
     max_num_seqs: Annotated[int, typer.Option(help="resident sequences")] = 64,
-    rounds: Annotated[int, typer.Option(help="times that every contender runs")] = 3,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
-    limit: Annotated[int | None, typer.Option(help="use only this many prompts")] = None,
-    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+    rounds: Rounds = 3,
+    num_threads: NumThreads = None,
+    limit: Limit = None,
+    output: Output = None,
 ) -> None:
     """A router checkpoint against full depth: speed, agreement with full depth, and their limits."""
     with user_errors():
@@ -160,20 +176,18 @@ def exits(
 
 @app.command()
 def quality(
-    checkpoint: Annotated[str, typer.Argument(help="folder of a router checkpoint")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="JSONL files, FILE or FILE:N; default: demo")] = None,
+    checkpoint: Checkpoint,
+    prompts: Prompts = None,
     shares: Annotated[str, typer.Option(help="shares of prompt tokens that stop")] = "0.25,0.5,0.75,0.9",
     tail: Annotated[int, typer.Option(help="last prompt tokens that never stop")] = 1,
-    few_shot: Annotated[
-        str | None, typer.Option(help="JSONL with prompt and answer: questions after solved ones")
-    ] = None,
-    shots: Annotated[int, typer.Option(help="solved examples before each question")] = 8,
-    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt")] = 128,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
-    limit: Annotated[int | None, typer.Option(help="use only this many prompts")] = None,
-    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+    few_shot: FewShot = None,
+    shots: Shots = 8,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 128,
+    num_threads: NumThreads = None,
+    limit: Limit = None,
+    output: Output = None,
 ) -> None:
     """What exits at each boundary cost in agreement with full depth, by K/V policy and by who chooses prompt tokens."""
     with user_errors():
@@ -200,10 +214,10 @@ def calibration(
     samples: Annotated[int, typer.Option(help="lines of more than 100 characters to use")] = 2000,
     max_tokens: Annotated[int, typer.Option(help="tokens of each sample that ours reads; the recipe reads 512")] = 64,
     epochs: Annotated[int, typer.Option(help="epochs of the recipe to run; its time is scaled to 100")] = 100,
-    model: Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")] = "demo",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores")] = None,
-    output: Annotated[str | None, typer.Option(help="write the JSON here as well")] = None,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    num_threads: NumThreads = None,
+    output: Output = None,
 ) -> None:
     """Calibration on text against the recipe of TIDE, on the same samples."""
     with user_errors():

@@ -79,10 +79,7 @@ def read_text(path: str, engine: TideEngine, *, limit: int | None, max_tokens: i
     """
     if engine.tokenizer is None:
         raise UserError("text needs a tokenizer, the model folder has none")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text must be a UTF-8 text file, got {path!r} ({type(error).__name__})") from None
+    lines = read_lines(path)
     examples: list[Example] = []
     for line in lines:
         if limit is not None and len(examples) == limit:
@@ -95,6 +92,14 @@ def read_text(path: str, engine: TideEngine, *, limit: int | None, max_tokens: i
     if limit is not None and len(examples) < limit:
         raise UserError(f"num_prompts: {path!r} has {len(examples)} paragraphs, got {limit}")
     return examples
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file. Raises UserError when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text must be a UTF-8 text file, got {path!r} ({type(error).__name__})") from None
 
 
 def split(examples: Sequence[Example], seed: int) -> Splits:
