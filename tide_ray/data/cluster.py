@@ -134,6 +134,9 @@ def _prepare_local() -> None:
     Ray reads the variables when it is imported, and a process that imported it earlier has made its own choice.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray starts workers at nice 15, so that they leave its own processes the CPU. Here the work is the engine, and the
+    # driver's and the daemons' hundred wake-ups a second would interrupt it each time.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
