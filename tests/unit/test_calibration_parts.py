@@ -9,7 +9,7 @@ import torch
 from tide_ray import UserError
 from tide_ray.calibrate.calibrate import candidate_depths
 from tide_ray.calibrate.config import CalibrationConfig
-from tide_ray.calibrate.corpus import Example, split
+from tide_ray.calibrate.corpus import Example, leading, split
 from tide_ray.calibrate.gate_training import (
     auc,
     calibrate_scores,
@@ -20,8 +20,9 @@ from tide_ray.calibrate.gate_training import (
 from tide_ray.calibrate.judge import kv_damages, kv_errors
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.ridge import Sums, fit, low_rank
+from tide_ray.calibrate.screen import MAX_KEPT, most_promising, screened
 from tide_ray.exits.gates import Gate, PrefillGate, places
-from tide_ray.exits.readouts import KVHead
+from tide_ray.exits.readouts import ExitHead, KVHead
 from tide_ray.models.adapter import KVShape
 
 
@@ -185,3 +186,35 @@ def test_a_prefill_gate_learns_that_place_decides_even_where_states_say_nothing(
     predicted = gate.damages(torch.zeros(3, 8), at, torch.full((3,), 500))
     assert predicted[0] < predicted[1] < predicted[2]
     assert predicted[0] < 0.2 < 0.8 < predicted[2]
+
+
+def test_a_split_is_read_only_as_far_as_its_rows_are_wanted() -> None:
+    examples = [Example(list(range(10)), first_judged) for first_judged in (8, 6, 0, 0)]
+    assert leading(examples, 3) == examples[:2]
+    assert leading(examples, 6) == examples[:2]
+    assert leading(examples, 7) == examples[:3]
+    assert leading(examples, 99) == examples
+
+
+def test_the_screen_prices_a_depth_by_its_surely_right_tokens_and_the_layers_behind_it() -> None:
+    """Of ten tokens a head is sure of the first ``num_right``; it knows nothing of the others, and is wrong there."""
+    held = Reservoir(10, seed=0)
+    final = 20.0 * torch.eye(10)
+    states = {f"state_{depth}": final.clone() for depth in (2, 6)}
+    for depth, num_right in ((2, 3), (6, 8)):
+        states[f"state_{depth}"][num_right:] = torch.roll(torch.eye(10), 1, 0)[num_right:]
+    held.add(final=final, **states)
+    heads = {depth: ExitHead(10) for depth in (2, 6)}
+    for head in heads.values():
+        with torch.no_grad():
+            head.up.weight.copy_(torch.eye(10))
+            head.up.bias.zero_()
+    savings = screened(heads, held, lambda rows: rows, num_layers=8)
+    assert savings == pytest.approx({2: 0.3 * 6 / 8, 6: 0.8 * 2 / 8})
+
+
+def test_the_screen_keeps_the_best_depths_in_order() -> None:
+    assert most_promising({4: 0.0, 8: 0.3, 12: 0.0, 16: 0.2, 20: 0.1}) == [8, 16, 20]
+    assert most_promising({4: 0.1, 8: 0.0}) == [4, 8]
+    assert len(most_promising(dict.fromkeys(range(9), 0.0))) == MAX_KEPT
+    assert most_promising({4: 0.0, 8: 0.3, 12: 0.0, 16: 0.0}) == [8, 12, 16]

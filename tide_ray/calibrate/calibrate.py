@@ -16,9 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tide_ray.calibrate.choice import MAX_REPLAYED, SetReplay, best_set, promising_sets
+from tide_ray.calibrate.choice import (
+    MAX_REPLAYED,
+    BoundarySet,
+    SetReplay,
+    best_set,
+    is_acceptable,
+    promising_sets,
+)
 from tide_ray.calibrate.config import CalibrationConfig
-from tide_ray.calibrate.corpus import Example, Splits, answered, read_prompts, read_text, split
+from tide_ray.calibrate.corpus import Example, Splits, answered, leading, read_prompts, read_text, split
 from tide_ray.calibrate.fitting import Fitted, Fitter, Progress
 from tide_ray.calibrate.gate_training import calibrate_scores, threshold_at, train_gate
 from tide_ray.calibrate.judge import Judge, Judged
@@ -36,8 +43,10 @@ from tide_ray.types import UserError
 
 CANDIDATES = (0.4, 0.53, 0.67, 0.8, 0.87, 0.93)
 """Depths compared, as shares of the model's layers."""
-MAX_JUDGED = {"gate": 16_384, "calibrate": 8192, "test": 8192}
-"""Rows kept of each split that is read through all heads."""
+MAX_FITTED = 32_768
+"""Rows that exit heads are fitted on, held-out ones included: beyond it they gain less than prompts differ."""
+MAX_JUDGED = {"gate": 16_384, "calibrate": 8192, "test": 6144}
+"""Rows of each other split: they are read through all heads, which costs more than computing them."""
 _Choice = tuple[list[Boundary], dict[str, Any]]
 LABEL = "top-1 equals full depth's, here and at every later candidate"
 
@@ -47,7 +56,7 @@ class Calibration:
 
     Args:
         engine: of the model to calibrate, without exits.
-        depths: candidate boundaries, rising.
+        depths: candidate boundaries, rising. Once the exit heads are fitted, those that are worth more work.
     """
 
     def __init__(
@@ -58,7 +67,7 @@ class Calibration:
         self.adapter = engine.runner.adapter
         self.kinds: list[Rotary] | None = find_rotary(self.adapter)
         self.kv_policy = config.kv_policy if self.kinds is not None or config.kv_policy != "fitted" else "copy"
-        self.tracer = Tracer(self.adapter, engine.runner.pools, self.kinds, self.depths)
+        self.pools = engine.runner.pools
         self.progress = progress
         self.seconds: dict[str, float] = {}
 
@@ -66,21 +75,22 @@ class Calibration:
         """Boundaries ready to be saved, and metrics of every candidate."""
         with self._timed("fit"):
             fitter = Fitter(
-                self.adapter, self.tracer, self.depths, self.config, self.progress, fits_kv=self.kinds is not None
+                self.adapter, self._tracer(), self.depths, self.config, self.progress, fits_kv=self.kinds is not None
             )
-            fitted = fitter.fit(splits["fit"])
+            fitted = fitter.fit(leading(splits["fit"], MAX_FITTED))
+            self.depths = fitted.depths
             return_freed_memory()
         with self._timed("judge"):
             heads = fitter.ready(fitted.heads)
-            judge = Judge(self.adapter, self.tracer, heads, fitter.ready(fitted.kv_heads), fitted.kv_scales)
+            judge = Judge(self.adapter, self._tracer(), heads, fitter.ready(fitted.kv_heads), fitted.kv_scales)
             judged = {}
             for number, name in enumerate(MAX_JUDGED):
                 self.progress(f"judging the {name} split", number / 3)
                 judged[name] = judge.judge(
-                    splits[name],
+                    leading(splits[name], MAX_JUDGED[name]),
                     max_rows=MAX_JUDGED[name],
                     seed=self.config.seed + number,
-                    with_lens=name == "test",
+                    for_report=name == "test",
                 )
         with self._timed("gates"):
             sureness = Sureness(self.adapter, heads, fitted.shortlist)
@@ -97,9 +107,13 @@ class Calibration:
             "candidates": metrics,
             "fit": fitted.facts,
             "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
-            "rows": {name: one.rows.num_rows for name, one in judged.items()},
+            "screened": {str(depth): round(saving, 4) for depth, saving in fitted.savings.items()},
+            "rows": {"fit": fitted.num_rows, **{name: one.rows.num_rows for name, one in judged.items()}},
         }
         return chosen, facts
+
+    def _tracer(self) -> Tracer:
+        return Tracer(self.adapter, self.pools, self.kinds, self.depths)
 
     # ---- gates ----
 
@@ -148,22 +162,28 @@ class Calibration:
         )
 
     def _choose(self, candidates: Sequence[Boundary], scores: Sequence[np.ndarray], splits: Splits) -> _Choice:
-        """The boundaries asked for, else the best of the most promising sets; with the figures of those replayed."""
+        """The boundaries asked for, else the most promising set that is acceptable; with the figures of those replayed.
+
+        Sets come in the order of their saving, so the first acceptable one is the best.
+        """
         if self.config.boundaries:
             return list(candidates), {}
         replay = SetReplay(self.adapter, self.kinds, splits["calibrate"], kv_policy=self.kv_policy)
-        sets = promising_sets(candidates, scores, self.adapter.num_layers)[:MAX_REPLAYED]
-        for number, one in enumerate(sets):
-            self.progress("comparing sets of boundaries", number / len(sets))
-            sets[number] = replace(one, disagreement=replay.disagreement([candidates[n] for n in one.numbers]))
-        best = best_set(sets)
+        replayed: list[BoundarySet] = []
+        for one in promising_sets(candidates, scores, self.adapter.num_layers)[:MAX_REPLAYED]:
+            self.progress("comparing sets of boundaries", len(replayed) / MAX_REPLAYED)
+            disagreement = replay.disagreement([candidates[n] for n in one.numbers])
+            replayed.append(replace(one, disagreement=disagreement))
+            if is_acceptable(replayed[-1]):
+                break
+        best = best_set(replayed)
         figures = [
             {
                 "depths": [candidates[n].depth for n in one.numbers],
                 "saving": round(one.saving, 4),
                 "disagreement": round(one.disagreement or 0.0, 4),
             }
-            for one in sets
+            for one in replayed
         ]
         return [candidates[n] for n in best.numbers], {"noise_floor": round(replay.noise_floor, 4), "sets": figures}
 

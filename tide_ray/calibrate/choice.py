@@ -53,9 +53,14 @@ def promising_sets(candidates: Sequence[Boundary], scores: Sequence[np.ndarray],
     return sorted(priced, key=lambda one: -one.saving)
 
 
+def is_acceptable(one: BoundarySet) -> bool:
+    """Whether a replayed set stays within MAX_DISAGREEMENT."""
+    return one.disagreement is not None and one.disagreement <= MAX_DISAGREEMENT
+
+
 def best_set(replayed: Sequence[BoundarySet]) -> BoundarySet:
-    """The largest saving within MAX_DISAGREEMENT; without any, the least disagreement."""
-    within = [s for s in replayed if s.disagreement is not None and s.disagreement <= MAX_DISAGREEMENT]
+    """The largest saving of the acceptable; without any, the least disagreement."""
+    within = [s for s in replayed if is_acceptable(s)]
     if within:
         return max(within, key=lambda s: s.saving)
     return min(replayed, key=lambda s: (np.inf if s.disagreement is None else s.disagreement, -s.saving))

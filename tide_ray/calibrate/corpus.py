@@ -121,3 +121,15 @@ def split(examples: Sequence[Example], seed: int) -> Splits:
         splits[name] = shuffled[start:stop]
         start = stop
     return splits
+
+
+def leading(examples: Sequence[Example], max_rows: int) -> list[Example]:
+    """The first examples, as many as it takes to have ``max_rows`` judged rows; all of them if that is fewer."""
+    taken: list[Example] = []
+    num_rows = 0
+    for example in examples:
+        if num_rows >= max_rows:
+            break
+        taken.append(example)
+        num_rows += len(example.token_ids) - example.first_judged
+    return taken

@@ -15,6 +15,7 @@ from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.refine import RestrictedReadout, refined
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.ridge import Sums, fit, low_rank, set_linear
+from tide_ray.calibrate.screen import most_promising, screened
 from tide_ray.calibrate.trace import Tracer
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, kv_width, unit_rms
 from tide_ray.models.adapter import Adapter, KVShape
@@ -29,13 +30,20 @@ Progress = Callable[[str, float], None]
 
 @dataclass(slots=True)
 class Fitted:
-    """Maps fitted at the candidate depths; ``kv_scales`` as in Judge; ``shortlist``: rows of the LM head, or None."""
+    """Maps by depth, for the depths that are worth it; ``kv_scales`` as in Judge; ``shortlist``: rows of the LM head,
+    or None; ``facts`` by depth; ``savings``: of every candidate depth, as ``screened`` says; ``num_rows`` fitted on."""
 
     heads: dict[int, ExitHead] = field(default_factory=dict)
     kv_heads: dict[int, KVHead] = field(default_factory=dict)
     kv_scales: dict[int, Tensor] = field(default_factory=dict)
     shortlist: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    savings: dict[int, float] = field(default_factory=dict)
+    num_rows: int = 0
+
+    @property
+    def depths(self) -> list[int]:
+        return list(self.heads)
 
 
 @dataclass(slots=True)
@@ -66,40 +74,57 @@ class Fitter:
         self.fits_kv = fits_kv
 
     def fit(self, examples: Sequence[Example]) -> Fitted:
+        """Fit at the depths asked for, or else at the most promising ones."""
         num_held = max(1, round(PENALTY_SHARE * len(examples)))
         held, train = self._sums(examples[:num_held], 0.0), self._sums(examples[num_held:], 0.1)
-        fitted = Fitted()
-        hidden = self.adapter.config.hidden_size
-        final = train.reservoir
-        readout = self._readout(final.take("final")) if self.config.refine or self.config.shortlist else None
+        readout = self._readout(train.reservoir.take("final"))
+        fitted = Fitted(num_rows=train.heads[self.depths[0]].num_rows)
         if readout is not None and self.config.shortlist:
             fitted.shortlist = readout.shortlist(self.config.shortlist)
+        heads: dict[int, ExitHead] = {}
         for depth in self.depths:
-            weights, penalty, error = fit(train.heads[depth], held.heads[depth])
-            head = ExitHead(hidden, self.config.rank)
-            if self.config.rank is None:
-                set_linear(head.up, weights)
-            else:
-                down, up = low_rank(train.heads[depth], weights, self.config.rank)
-                with torch.no_grad():
-                    head.down.weight.copy_(down.T)  # type: ignore[operator]
-                    head.up.weight.copy_(up.T)
-                    head.up.bias.copy_(weights[-1])
-            facts: dict[str, Any] = {"penalty": penalty, "head_error": round(error, 4)}
+            heads[depth], fitted.facts[str(depth)] = self._head(train.heads[depth], held.heads[depth])
+        kept = self.depths
+        if readout is not None and not self.config.boundaries:
+            device = self.adapter.device
+            fitted.savings = screened(
+                {depth: head.to(device) for depth, head in heads.items()},
+                held.reservoir,
+                readout,
+                self.adapter.num_layers,
+            )
+            kept = most_promising(fitted.savings)
+        for depth in kept:
+            facts = fitted.facts[str(depth)]
+            fitted.heads[depth] = heads[depth]
             if readout is not None and self.config.refine:
                 self.progress(f"refining the exit head at depth {depth}", 0.0)
-                head, facts["is_refined"] = self._better(head, depth, train.reservoir, held.reservoir, readout)
-            fitted.heads[depth] = head
+                fitted.heads[depth], facts["is_refined"] = self._better(
+                    heads[depth], depth, train.reservoir, held.reservoir, readout
+                )
             if self.fits_kv:
                 shapes = self.adapter.kv_shapes[depth:]
                 weights, kv_penalty, kv_error = fit(train.kv[depth], held.kv[depth])
-                kv_head = KVHead(hidden, shapes)
+                kv_head = KVHead(self.adapter.config.hidden_size, shapes)
                 set_linear(kv_head.project, weights)
                 fitted.kv_heads[depth] = kv_head
                 fitted.kv_scales[depth] = block_scales(train.kv[depth].targets / train.kv[depth].num_rows, shapes)
                 facts |= {"kv_penalty": kv_penalty, "kv_error": round(kv_error, 4)}
-            fitted.facts[str(depth)] = facts
         return fitted
+
+    def _head(self, train: Sums, held: Sums) -> tuple[ExitHead, dict[str, Any]]:
+        """An exit head by ridge regression, of the rank asked for, and what is known of it."""
+        weights, penalty, error = fit(train, held)
+        head = ExitHead(self.adapter.config.hidden_size, self.config.rank)
+        if self.config.rank is None:
+            set_linear(head.up, weights)
+        else:
+            down, up = low_rank(train, weights, self.config.rank)
+            with torch.no_grad():
+                head.down.weight.copy_(down.T)  # type: ignore[operator]
+                head.up.weight.copy_(up.T)
+                head.up.bias.copy_(weights[-1])
+        return head, {"penalty": penalty, "head_error": round(error, 4)}
 
     def _sums(self, examples: Sequence[Example], progress_from: float) -> _FitSums:
         hidden = self.adapter.config.hidden_size

@@ -12,10 +12,13 @@ from torch import Tensor
 from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.trace import Tracer, TraceRows
+from tide_ray.engine.sampler import argmax
 from tide_ray.exits.readouts import ExitHead, KVHead, kv_width
 from tide_ray.models.adapter import Adapter, KVShape
 
 CHUNK = 512
+MAX_LENS_ROWS = 2048
+"""Rows read without an exit head, for comparison only."""
 
 
 @dataclass(slots=True)
@@ -64,38 +67,40 @@ class Judge:
         self._kv_scales = kv_scales
 
     @torch.inference_mode()
-    def judge(self, examples: Sequence[Example], *, max_rows: int, seed: int, with_lens: bool = False) -> Judged:
-        """Run a split, keeping at most ``max_rows`` rows of either kind. ``with_lens`` also reads states without an
-        exit head, for comparison."""
+    def judge(self, examples: Sequence[Example], *, max_rows: int, seed: int, for_report: bool = False) -> Judged:
+        """Run a split, keeping at most ``max_rows`` rows of either kind. ``for_report``: with what is only reported,
+        ``probability_D`` and ``lens_right``."""
         judged = Judged(Reservoir(max_rows, seed), Reservoir(max_rows, seed + 1))
         draw = np.random.default_rng(seed)
         # Reading a row through every head costs more than computing it, so no more are read than are kept.
         share = max_rows / max(1, sum(len(example.token_ids) - example.first_judged for example in examples))
-        lens: dict[int, list[int]] = {depth: [0, 0] for depth in self._heads}
+        lens: dict[int, list[int]] | None = {depth: [0, 0] for depth in self._heads} if for_report else None
         fits_kv = bool(self._kv_heads)
         for rows in self._tracer.trace(examples, with_keys_values=fits_kv, with_attention=fits_kv):
             chosen = np.flatnonzero(rows.is_judged & (draw.random(len(rows.is_judged)) < share))
             for index in torch.from_numpy(chosen).split(CHUNK):
-                self._judge_rows(rows, index, judged, lens if with_lens else None)
+                self._judge_rows(rows, index, judged, lens)
             self._judge_prompt(rows, judged)
-        judged.lens_right = {depth: right / num for depth, (right, num) in lens.items() if num}
+        judged.lens_right = {depth: right / num for depth, (right, num) in (lens or {}).items() if num}
         return judged
 
     def _judge_rows(self, rows: TraceRows, index: Tensor, judged: Judged, lens: dict[int, list[int]] | None) -> None:
-        """Few rows at a time: their logits over the whole vocabulary are what takes memory."""
-        expected = self._logits(rows.final[index]).argmax(-1)
+        """Few rows at a time: their logits over the whole vocabulary are what takes memory. ``lens``: right choices and
+        choices by depth, counted on; None: not for the report."""
+        expected = argmax(self._logits(rows.final[index]))
         entry: dict[str, Tensor] = {"sequence": torch.from_numpy(rows.sequences)[index]}
         for depth, head in self._heads.items():
             states = rows.states[depth][index]
-            logits = self._logits(head(states)).float()
-            top = logits.max(-1)
+            logits = self._logits(head(states))
             entry[f"state_{depth}"] = states.cpu()
-            entry[f"right_{depth}"] = (top.indices == expected).cpu()
-            entry[f"probability_{depth}"] = (top.values - logits.logsumexp(-1)).exp().cpu()
+            entry[f"right_{depth}"] = (argmax(logits) == expected).cpu()
             entry[f"cosine_{depth}"] = rows.cosines[depth][index].cpu()
             if lens is not None:
-                lens[depth][0] += int((self._logits(states).argmax(-1) == expected).sum())
-                lens[depth][1] += len(index)
+                wide = logits.float()
+                entry[f"probability_{depth}"] = (wide.amax(-1) - wide.logsumexp(-1)).exp().cpu()
+                if lens[depth][1] < MAX_LENS_ROWS:
+                    lens[depth][0] += int((argmax(self._logits(states)) == expected).sum())
+                    lens[depth][1] += len(index)
         judged.rows.add(**entry)
 
     def _judge_prompt(self, rows: TraceRows, judged: Judged) -> None:

@@ -19,6 +19,7 @@ from tide_ray.calibrate.trace import MAX_ROWS, batches
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.kv_fill import KVFill
 from tide_ray.engine.rows import LaunchCache, RowSpan, build_rows
+from tide_ray.engine.sampler import argmax
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import Rotary
@@ -174,7 +175,7 @@ class Replay:
 
     def _choices(self, states: Tensor) -> np.ndarray:
         adapter = self._adapter
-        parts = [adapter.head(adapter.final_norm(part[None])).argmax(-1).cpu() for part in states.split(CHUNK)]
+        parts = [argmax(adapter.head(adapter.final_norm(part[None]))).cpu() for part in states.split(CHUNK)]
         return torch.cat(parts).flatten().numpy()
 
     def _spans(self, batch: Sequence[Example]) -> list[RowSpan]:

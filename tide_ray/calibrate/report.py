@@ -38,6 +38,11 @@ def print_report(console: Console, routers: Routers, output: str) -> None:
         "tokens that exit at thresholds calibrated for it (% wrong among them); ceiling: at the first of them, if "
         "skipping were free; *: in the checkpoint"
     )
+    compared = {str(row["depth"]) for row in metrics["candidates"]}
+    screened_out = {depth: saving for depth, saving in metrics.get("screened", {}).items() if depth not in compared}
+    if screened_out:
+        savings = ", ".join(f"{depth} ({saving:.1%})" for depth, saving in screened_out.items())
+        console.print(f"screened out for the little they could save at best (share of layer runs): {savings}")
     console.print(verdict(metrics, routers.depths))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in metrics["seconds"].items())
     console.print(f"{seconds}; written to {output}")

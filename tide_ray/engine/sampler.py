@@ -73,10 +73,10 @@ class Sampler:
         plain = [r for r, row in enumerate(rows) if row.params.is_greedy and not row.has_edited_logits]
         chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if len(plain) == len(rows):
-            chosen = _argmax(logits)
+            chosen = argmax(logits)
         elif plain:
             index = torch.tensor(plain, device=logits.device)
-            chosen[index] = _argmax(logits.index_select(0, index))
+            chosen[index] = argmax(logits.index_select(0, index))
         uniforms = torch.from_numpy(uniform([row.seed for row in rows], [row.position for row in rows]))
         uniforms = uniforms.to(logits.device)
         for group in _processed_groups(logits, rows, skip=set(plain)):
@@ -144,7 +144,7 @@ def _processed_groups(
         scores = _edited_scores(scores, [rows[r] for r in members])
         params = [rows[r].params for r in members]
         if kind == "greedy":
-            best = _argmax(scores)[:, None]
+            best = argmax(scores)[:, None]
             yield _Group(index, torch.ones_like(best, dtype=torch.float32), best)
             continue
         # Shifted so that the likeliest token has 0: a tiny temperature cannot overflow.
@@ -278,7 +278,7 @@ def _first_above(reached: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.minimum(column, last).clamp_max(reached.shape[1] - 1)
 
 
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
+def argmax(logits: torch.Tensor) -> torch.Tensor:
     """First index of each row's largest value, [R, V] -> [R]; in two levels, as torch's is slow on bfloat16."""
     width = math.gcd(logits.shape[1], BLOCK)
     blocks = logits.reshape(len(logits), -1, width)
