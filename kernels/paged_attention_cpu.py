@@ -16,116 +16,105 @@ import torch
 from numba import config, float32, njit, prange
 from torch import Tensor
 
+from tide_kernels.vectors import (
+    add_weighted_tokens,
+    exponentiate,
+    raise_to,
+    rows_for,
+    score_tokens,
+    tokens_for,
+)
+
 config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 # Reassociation and contraction let the compiler vectorise sums; infinities and NaN keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 
-# exp(x) = 2^n * exp(r): Cephes' single-precision constants and polynomial (expf.c), good to 2 ulp.
-LOG2_E = np.float32(1.44269504088896341)
-LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-P0, P1, P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-P3, P4, P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-ONE, HALF, SMALLEST = np.float32(1.0), np.float32(0.5), np.float32(-87.0)
-
-
-@njit(inline="always")
-def _exp_nonpositive(x):  # type: ignore[no-untyped-def]
-    """exp for x <= 0, branch-free so that loops over it vectorise; below -87 it gives exp(-87), about 1e-38."""
-    x = max(x, SMALLEST)
-    n = np.int32(x * LOG2_E - HALF)
-    z = np.float32(n)
-    x = x - z * LN2_HIGH - z * LN2_LOW
-    y = ((((P0 * x + P1) * x + P2) * x + P3) * x + P4) * x + P5
-    y = y * x * x + x + ONE
-    return y * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@njit(inline="always")
-def _load_float32(cell):  # type: ignore[no-untyped-def]
-    return cell
-
-
-@njit(inline="always")
-def _load_bfloat16(cell):  # type: ignore[no-untyped-def]
-    return np.uint32(np.uint32(cell) << np.uint32(16)).view(np.float32)
-
 
 @functools.cache
-def _kernel(head_dim: int, is_bfloat16: bool) -> Callable[..., None]:
-    """The kernel for one head width and element type (compiled at the first call, a few seconds)."""
-    load = _load_bfloat16 if is_bfloat16 else _load_float32
+def _kernel(head_dim: int, group: int, page_size: int, item_bytes: int) -> Callable[..., None]:
+    """The kernel for one shape and element size. Compiled at the first call, a few seconds, and kept on disk."""
+    rows, block = rows_for(group), tokens_for(page_size)
+    row_bytes = head_dim * item_bytes
+    page_bytes = page_size * row_bytes
+    query_bytes = 4 * head_dim
 
-    @njit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False)
-    def attend_one(query, keys, values, out, pages, kv_head, begin, end, scale, softcap):  # type: ignore[no-untyped-def]
-        page_size = keys.shape[2]
-        group = query.shape[0] // keys.shape[1]
-        first, last = begin // page_size, (end + page_size - 1) // page_size
-        base = first * page_size
-        scores = np.empty((group, last * page_size - base), np.float32)
-        rows = np.empty((page_size, head_dim), np.float32)
-        scaled = np.empty((group, head_dim), np.float32)
-        total = np.zeros((group, head_dim), np.float32)
-        for g in range(group):
-            for d in range(head_dim):
-                scaled[g, d] = load(query[kv_head * group + g, d]) * scale
-        for p in range(first, last):
-            page = keys[pages[p], kv_head]
-            low = max(begin - p * page_size, 0)
-            high = min(page_size, end - p * page_size)
-            shift = p * page_size - base
-            for j in range(low, high):
-                for d in range(head_dim):
-                    rows[j, d] = load(page[j, d])
-            for g in range(group):
-                for j in range(low, high):
-                    dot = float32(0)
-                    for d in range(head_dim):
-                        dot += scaled[g, d] * rows[j, d]
-                    scores[g, shift + j] = dot
-        low, high = begin - base, end - base
-        for g in range(group):
-            row = scores[g]
-            if softcap > 0:
-                for t in range(low, high):
-                    row[t] = softcap * np.tanh(row[t] / softcap)
-            top = row[low]
-            for t in range(low, high):
-                top = max(top, row[t])
-            norm = float32(0)
-            for t in range(low, high):
-                weight = _exp_nonpositive(row[t] - top)
-                row[t] = weight
-                norm += weight
-            inverse = float32(1) / norm
-            for t in range(low, high):
-                row[t] *= inverse
-        for p in range(first, last):
-            page = values[pages[p], kv_head]
-            low = max(begin - p * page_size, 0)
-            high = min(page_size, end - p * page_size)
-            shift = p * page_size - base
-            for j in range(low, high):
-                for d in range(head_dim):
-                    rows[j, d] = load(page[j, d])
-            for g in range(group):
-                row = total[g]
-                for j in range(low, high):
-                    weight = scores[g, shift + j]
-                    for d in range(head_dim):
-                        row[d] += weight * rows[j, d]
-        for g in range(group):
-            for d in range(head_dim):
-                out[kv_head * group + g, d] = total[g, d]
-
-    @njit(parallel=True, nogil=True, fastmath=FAST_MATH)
-    def attend_all(query, keys, values, out, table, lengths, scale, softcap, window):  # type: ignore[no-untyped-def]
+    @njit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False, cache=True)
+    def attend_one(query, keys, values, out, pages, kv_head, begin, end, later, softcap):  # type: ignore[no-untyped-def]
         kv_heads = keys.shape[1]
-        for task in prange(query.shape[0] * kv_heads):
+        key_pool, value_pool = keys.ctypes.data, values.ctypes.data
+        scores = np.empty((group, page_size), np.float32)
+        tops = np.full((group, block), -np.inf, np.float32)
+        norms = np.zeros((group, block), np.float32)
+        total = np.zeros((group, head_dim), np.float32)
+        first, last = begin // page_size, (end + page_size - 1) // page_size
+        for p in range(first, last):
+            at = (pages[p] * kv_heads + kv_head) * page_bytes
+            # Pages lie anywhere, so the hardware does not foresee the next one.
+            ahead = (pages[p + 1] * kv_heads + kv_head) * page_bytes if p + 1 < last else later * page_bytes
+            low, high = max(begin - p * page_size, 0), min(page_size, end - p * page_size)
+            aligned, padded = low // block * block, (high + block - 1) // block * block
+            # Whole blocks are scored: a page is there to its end, and what lies past the sequence's is not looked at.
+            for t in range(aligned, padded, block):
+                for g in range(0, group, rows):
+                    score_tokens(
+                        query.ctypes.data + (kv_head * group + g) * query_bytes,
+                        key_pool + at + t * row_bytes,
+                        key_pool + ahead + t * row_bytes,
+                        scores.ctypes.data + (g * page_size + t) * 4,
+                        page_size * 4,
+                        head_dim,
+                        rows,
+                        block,
+                        item_bytes,
+                    )
+            for g in range(group):
+                row, top = scores[g], tops[g, 0]
+                if softcap > 0:
+                    for t in range(low, high):
+                        row[t] = softcap * np.tanh(row[t] / softcap)
+                row[aligned:low] = -np.inf  # before the window
+                row[high:padded] = -np.inf
+                address = scores.ctypes.data + g * page_size * 4
+                top_address, norm_address = tops.ctypes.data + g * block * 4, norms.ctypes.data + g * block * 4
+                for t in range(aligned, padded, block):
+                    raise_to(top_address, address + t * 4, block)
+                tops[g] = tops[g].max()
+                if tops[g, 0] > top:  # the sums so far were relative to the old top
+                    factor = np.exp(top - tops[g, 0])
+                    norms[g] *= factor
+                    total[g] *= factor
+                for t in range(aligned, padded, block):
+                    exponentiate(address + t * 4, norm_address, top_address, block)
+                row[aligned:low] = 0
+            whole = high // block * block  # past it, what the page holds may be anything, even NaN
+            for t in range(aligned, whole, block):
+                for g in range(0, group, rows):
+                    sums, weights = total.ctypes.data + g * query_bytes, scores.ctypes.data + (g * page_size + t) * 4
+                    value, then = value_pool + at + t * row_bytes, value_pool + ahead + t * row_bytes
+                    add_weighted_tokens(sums, value, then, weights, page_size * 4, head_dim, rows, block, item_bytes)
+            for t in range(max(aligned, whole), high):
+                for g in range(0, group, rows):
+                    sums, weights = total.ctypes.data + g * query_bytes, scores.ctypes.data + (g * page_size + t) * 4
+                    value, then = value_pool + at + t * row_bytes, value_pool + ahead + t * row_bytes
+                    add_weighted_tokens(sums, value, then, weights, page_size * 4, head_dim, rows, 1, item_bytes)
+        for g in range(group):
+            inverse = float32(1) / norms[g].sum()
+            for d in range(head_dim):
+                out[kv_head * group + g, d] = total[g, d] * inverse
+
+    @njit(parallel=True, nogil=True, fastmath=FAST_MATH, cache=True)
+    def attend_all(query, keys, values, out, table, lengths, softcap, window):  # type: ignore[no-untyped-def]
+        kv_heads = keys.shape[1]
+        num_tasks = query.shape[0] * kv_heads
+        for task in prange(num_tasks):
             row, kv_head = task // kv_heads, task % kv_heads
             end = lengths[row]
             begin = max(0, end - window) if window > 0 else 0
-            attend_one(query[row], keys, values, out[row], table[row], kv_head, begin, end, scale, softcap)
+            next_row, next_head = min(task + 1, num_tasks - 1) // kv_heads, (task + 1) % kv_heads
+            next_page = (lengths[next_row] - window) // page_size if window > 0 and lengths[next_row] > window else 0
+            later = table[next_row, next_page] * kv_heads + next_head
+            attend_one(query[row], keys, values, out[row], table[row], kv_head, begin, end, later, softcap)
 
     return attend_all
 
@@ -153,17 +142,18 @@ def cpu_decode_attention(
 ) -> Tensor:
     """``paged_decode_attention`` for what ``cpu_kernel_takes``; same arguments and result."""
     out = torch.empty(query.shape, dtype=torch.float32)
-    kernel = _kernel(query.shape[2], query.dtype == torch.bfloat16)
+    num_heads, head_dim = query.shape[1:]
+    _, kv_heads, page_size, _ = key_pages.shape
+    kernel = _kernel(head_dim, num_heads // kv_heads, page_size, query.element_size())
     num_threads = torch.get_num_threads()
     numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
     kernel(
-        _as_numpy(query),
+        _as_numpy(query.float() * scale),
         _as_numpy(key_pages),
         _as_numpy(value_pages),
         out.numpy(),
         _as_numpy(page_table),
         _as_numpy(lengths),
-        np.float32(scale),
         np.float32(softcap),
         window,
     )

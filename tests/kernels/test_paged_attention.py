@@ -13,18 +13,18 @@ PAGE_SIZE = 8
 
 
 def make_case(
-    dtype: torch.dtype, num_heads: int, kv_heads: int, head_dim: int, lengths: list[int]
+    dtype: torch.dtype, num_heads: int, kv_heads: int, head_dim: int, lengths: list[int], page_size: int = PAGE_SIZE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Random query and pages; every sequence's pages are scattered over the pool."""
     generator = torch.Generator().manual_seed(len(lengths) * 100 + num_heads)
-    width = -(-max(lengths) // PAGE_SIZE)
+    width = -(-max(lengths) // page_size)
     num_pages = width * len(lengths) + 3
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
     table = torch.randperm(num_pages, generator=generator)[: width * len(lengths)].view(len(lengths), width).int()
-    pages = (num_pages, kv_heads, PAGE_SIZE, head_dim)
+    pages = (num_pages, kv_heads, page_size, head_dim)
     return random(len(lengths), num_heads, head_dim), random(*pages), random(*pages), table, torch.tensor(lengths).int()
 
 
@@ -58,6 +58,29 @@ def test_decode_attention_equals_plain_attention(attend, dtype, num_heads, kv_he
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_heads", "kv_heads", "head_dim", "page_size"), [(9, 3, 64, 32), (8, 1, 24, 12), (10, 2, 8, 16), (3, 1, 7, 5)]
+)
+@pytest.mark.parametrize("window", [0, 9])
+def test_any_heads_widths_and_pages_are_taken(dtype, num_heads, kv_heads, head_dim, page_size, window) -> None:
+    """Vectors are cut from what divides the width and the page, down to single numbers."""
+    case = make_case(dtype, num_heads, kv_heads, head_dim, [1, 6, 31, 32, 33, 70], page_size)
+    out = paged_decode_attention(*case, scale=0.3, window=window)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.double(), plain_attention(case, 0.3, 0.0, window), atol=tolerance, rtol=tolerance)
+
+
+def test_what_earlier_owners_left_in_a_page_does_not_leak() -> None:
+    """Whole blocks of a page are scored, so stale NaN behind the last token meets weights that must not count."""
+    query, keys, values, table, lengths = make_case(torch.float32, 4, 2, 16, [5, 17, 31], page_size=16)
+    expected = paged_decode_attention(query, keys, values, table, lengths, scale=0.25)
+    for row, length in enumerate(lengths.tolist()):
+        last = table[row, length // 16]
+        keys[last, :, length % 16 :], values[last, :, length % 16 :] = float("nan"), float("nan")
+    assert torch.equal(paged_decode_attention(query, keys, values, table, lengths, scale=0.25), expected)
 
 
 def test_scores_far_apart_do_not_overflow_or_vanish() -> None:
