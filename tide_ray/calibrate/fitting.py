@@ -15,7 +15,7 @@ from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.refine import RestrictedReadout, refined
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.ridge import Sums, fit, low_rank, set_linear
-from tide_ray.calibrate.screen import most_promising, screened
+from tide_ray.calibrate.screen import most_promising
 from tide_ray.calibrate.trace import Tracer
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, kv_width, unit_rms
 from tide_ray.models.adapter import Adapter, KVShape
@@ -31,7 +31,8 @@ Progress = Callable[[str, float], None]
 @dataclass(slots=True)
 class Fitted:
     """Maps by depth, for the depths that are worth it; ``kv_scales`` as in Judge; ``shortlist``: rows of the LM head,
-    or None; ``facts`` by depth; ``savings``: of every candidate depth, as ``screened`` says; ``num_rows`` fitted on."""
+    or None; ``facts`` by depth; ``savings``: of every candidate depth alone, from the screen; ``num_rows``: rows fitted
+    on."""
 
     heads: dict[int, ExitHead] = field(default_factory=dict)
     kv_heads: dict[int, KVHead] = field(default_factory=dict)
@@ -87,13 +88,8 @@ class Fitter:
         kept = self.depths
         if readout is not None and not self.config.boundaries:
             device = self.adapter.device
-            fitted.savings = screened(
-                {depth: head.to(device) for depth, head in heads.items()},
-                held.reservoir,
-                readout,
-                self.adapter.num_layers,
-            )
-            kept = most_promising(fitted.savings)
+            ready = {depth: head.to(device) for depth, head in heads.items()}
+            kept, fitted.savings = most_promising(ready, held.reservoir, readout, self.adapter.num_layers)
         for depth in kept:
             facts = fitted.facts[str(depth)]
             fitted.heads[depth] = heads[depth]
