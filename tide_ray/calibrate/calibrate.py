@@ -47,6 +47,8 @@ MAX_FITTED = 32_768
 """Rows that exit heads are fitted on, held-out ones included: beyond it they gain less than prompts differ."""
 MAX_JUDGED = {"gate": 16_384, "calibrate": 8192, "test": 6144}
 """Rows of each other split: they are read through all heads, which costs more than computing them."""
+MAX_PROMPT = {"gate": 8192, "calibrate": 4096, "test": 0}
+"""Prompt rows of each: prefill gates start from a good guess, and their figures are not part of the report."""
 _Choice = tuple[list[Boundary], dict[str, Any]]
 LABEL = "top-1 equals full depth's, here and at every later candidate"
 
@@ -89,6 +91,7 @@ class Calibration:
                 judged[name] = judge.judge(
                     leading(splits[name], MAX_JUDGED[name]),
                     max_rows=MAX_JUDGED[name],
+                    max_prompt_rows=MAX_PROMPT[name],
                     seed=self.config.seed + number,
                     for_report=name == "test",
                 )

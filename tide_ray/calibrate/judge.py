@@ -67,20 +67,30 @@ class Judge:
         self._kv_scales = kv_scales
 
     @torch.inference_mode()
-    def judge(self, examples: Sequence[Example], *, max_rows: int, seed: int, for_report: bool = False) -> Judged:
-        """Run a split, keeping at most ``max_rows`` rows of either kind. ``for_report``: with what is only reported,
+    def judge(
+        self,
+        examples: Sequence[Example],
+        *,
+        max_rows: int,
+        max_prompt_rows: int,
+        seed: int,
+        for_report: bool = False,
+    ) -> Judged:
+        """Run a split, keeping at most so many rows of either kind. ``for_report``: with what is only reported,
         ``probability_D`` and ``lens_right``."""
-        judged = Judged(Reservoir(max_rows, seed), Reservoir(max_rows, seed + 1))
+        judged = Judged(Reservoir(max_rows, seed), Reservoir(max_prompt_rows, seed + 1))
         draw = np.random.default_rng(seed)
         # Reading a row through every head costs more than computing it, so no more are read than are kept.
         share = max_rows / max(1, sum(len(example.token_ids) - example.first_judged for example in examples))
         lens: dict[int, list[int]] | None = {depth: [0, 0] for depth in self._heads} if for_report else None
-        fits_kv = bool(self._kv_heads)
-        for rows in self._tracer.trace(examples, with_keys_values=fits_kv, with_attention=fits_kv):
+        with_prompts = bool(self._kv_heads) and max_prompt_rows > 0
+        prompt_share = max_prompt_rows / max(1, sum(_num_prompt_rows(example) for example in examples))
+        for rows in self._tracer.trace(examples, with_keys_values=with_prompts, with_attention=with_prompts):
             chosen = np.flatnonzero(rows.is_judged & (draw.random(len(rows.is_judged)) < share))
             for index in torch.from_numpy(chosen).split(CHUNK):
                 self._judge_rows(rows, index, judged, lens)
-            self._judge_prompt(rows, judged)
+            if with_prompts:
+                self._judge_prompt(rows, draw.random(len(rows.positions)) < prompt_share, judged)
         judged.lens_right = {depth: right / num for depth, (right, num) in (lens or {}).items() if num}
         return judged
 
@@ -103,12 +113,10 @@ class Judge:
                     lens[depth][1] += len(index)
         judged.rows.add(**entry)
 
-    def _judge_prompt(self, rows: TraceRows, judged: Judged) -> None:
-        """Damages of prompt rows but the first; of texts, which have no prompt, of all rows but the first."""
+    def _judge_prompt(self, rows: TraceRows, is_drawn: np.ndarray, judged: Judged) -> None:
+        """Damages of the drawn prompt rows but the first; of texts, which have no prompt, of all rows but the first."""
         is_text = rows.first_judged == 0
-        chosen = np.flatnonzero((rows.positions > 0) & (~rows.is_judged | is_text))
-        if not len(chosen) or rows.keys_values is None:
-            return
+        chosen = np.flatnonzero(is_drawn & (rows.positions > 0) & (~rows.is_judged | is_text))
         for index in torch.from_numpy(chosen).split(CHUNK):
             self._judge_prompt_rows(rows, index, judged)
 
@@ -132,6 +140,10 @@ class Judge:
 
     def _logits(self, states: Tensor) -> Tensor:
         return self._adapter.head(self._adapter.final_norm(states[None]))
+
+
+def _num_prompt_rows(example: Example) -> int:
+    return (example.first_judged or len(example.token_ids)) - 1
 
 
 def kv_errors(head: KVHead, states: Tensor, actual: Tensor, scales: Tensor, shapes: Sequence[KVShape]) -> Tensor:
