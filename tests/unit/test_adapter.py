@@ -270,3 +270,19 @@ def test_a_model_without_its_layers_in_one_list_is_refused() -> None:
     model.model.layers = nn.ModuleList(list(model.model.layers)[:3])
     with pytest.raises(UserError, match="LlamaForCausalLM has no list of 4 decoder layers"):
         Adapter(model)
+
+
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_layers_are_called_for_some_rows_as_for_all_of_them(architecture: str) -> None:
+    """What goes on behind a boundary reuses the launch's calls, if the model does not look at the launch as a whole."""
+    assert Adapter(build_tiny_model(architecture)).calls_are_by_row
+
+
+def test_calls_that_depend_on_the_whole_launch_are_not_reused() -> None:
+    model = build_tiny_model("llama")
+
+    def scale_by_number_of_rows(_module: nn.Module, args: Any, output: Any) -> Any:
+        return output[0] * args[0].shape[1], output[1]
+
+    model.model.rotary_emb.register_forward_hook(scale_by_number_of_rows)
+    assert not Adapter(model).calls_are_by_row

@@ -15,7 +15,8 @@ from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.rows import Chunk, LaunchCache, RowBatch, RowSpan, build_rows
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import Rotary, rotary_tables
-from tide_ray.models.adapter import Adapter, LayerCall
+from tide_ray.models.adapter import Adapter
+from tide_ray.models.layer_calls import LayerCall
 
 MAX_ROWS = 1024
 

@@ -16,7 +16,7 @@ from tide_ray.engine.sequence import PendingState
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.policies import Candidates, ExitPolicy
 from tide_ray.exits.readouts import unit_rms
-from tide_ray.models.adapter import LayerCall
+from tide_ray.models.layer_calls import LayerCall, selected_calls
 from tide_ray.types import EngineStats
 
 
@@ -213,4 +213,13 @@ class BoundaryExits:
             if kept.any():
                 lanes.append(lane.select(kept))
         index = torch.from_numpy(np.flatnonzero(~stops)).to(flow.hidden.device)
-        return Arrivals(lanes, flow.hidden[index])
+        if flow.rows.chunks or not self.fill.adapter.calls_are_by_row:
+            return Arrivals(lanes, flow.hidden[index])
+        return self._narrowed(flow, lanes, index)
+
+    def _narrowed(self, flow: Flow, lanes: list[Lane], index: Tensor) -> Flow:
+        """The launch with rows ``index`` alone, which spares asking the model again how it calls its layers."""
+        rows = flow.rows.select(index)
+        cache = LaunchCache(self.fill.pools, rows)
+        calls = selected_calls(flow.calls, index, num_rows=flow.rows.num_rows, cache=flow.cache, new_cache=cache)
+        return Flow(lanes, flow.hidden[index], rows, cache, calls)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tide_kernels.kv_write import write_kv
 from tide_ray.models.adapter import KVShape
 
 
@@ -65,8 +66,7 @@ class KVCache:
 
     def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Store K/V rows ``[N, H_kv, d]`` at page numbers and offsets ``[N]`` of one layer."""
-        self.key_pools[layer][pages, :, offsets] = key
-        self.value_pools[layer][pages, :, offsets] = value
+        write_kv(self.key_pools[layer], self.value_pools[layer], pages, offsets, key, value)
 
     def write_layers(self, first: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store K/V ``[N, layers, H_kv, d]`` of layers from ``first`` on, all of one shape, in one go."""

@@ -18,7 +18,8 @@ from tide_ray.engine.rows import RowBatch
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.readouts import kv_width
 from tide_ray.exits.rotary import Rotary, rotary_tables
-from tide_ray.models.adapter import Adapter, KeyValueTap, LayerCall
+from tide_ray.models.adapter import Adapter, KeyValueTap
+from tide_ray.models.layer_calls import LayerCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +42,25 @@ class KVFill:
     def __init__(
         self, adapter: Adapter, pools: KVCache, boundaries: Sequence[Boundary], kinds: Sequence[Rotary] | None
     ) -> None:
-        self._adapter = adapter
-        self._pools = pools
+        self.adapter = adapter
+        self.pools = pools
         self._boundaries = boundaries
         self._runs = [] if kinds is None else [self._layer_runs(b.depth, kinds) for b in boundaries]
 
     def _layer_runs(self, depth: int, kinds: Sequence[Rotary]) -> list[_LayerRun]:
-        ids = torch.ones(1, dtype=torch.long, device=self._adapter.device)
-        _, calls = self._adapter.prologue(ids, ids, KeyValueTap())
+        ids = torch.ones(1, dtype=torch.long, device=self.adapter.device)
+        _, calls = self.adapter.prologue(ids, ids, KeyValueTap())
         tables = [rotary_tables(call) for call in calls]
-        layers = range(depth, self._adapter.num_layers)
+        layers = range(depth, self.adapter.num_layers)
 
         def traits(layer: int) -> tuple[object, ...]:
             table = tables[layer]
-            return self._adapter.kv_shapes[layer], kinds[layer], None if table is None else table[0].data_ptr()
+            return self.adapter.kv_shapes[layer], kinds[layer], None if table is None else table[0].data_ptr()
 
         runs, column = [], 0
         for _, group in itertools.groupby(layers, traits):
             members = list(group)
-            width = kv_width([self._adapter.kv_shapes[layer] for layer in members])
+            width = kv_width([self.adapter.kv_shapes[layer] for layer in members])
             runs.append(_LayerRun(members[0], len(members), kinds[members[0]], slice(column, column + width)))
             column += width
         return runs
@@ -71,19 +72,19 @@ class KVFill:
         flat = head(states)
         pages, offsets = rows.write_pages[index], rows.write_offsets[index]
         for run in self._runs[boundary]:
-            shape = self._adapter.kv_shapes[run.first]
+            shape = self.adapter.kv_shapes[run.first]
             block = flat[:, run.columns].unflatten(1, (run.count, 2, shape.num_heads, shape.head_dim))
             keys = block[:, :, 0]
             tables = rotary_tables(calls[run.first])
             if tables is not None and run.kind.layout != "none":
                 keys = run.kind.rotate(keys, tables[0][index], tables[1][index])
-            self._pools.write_layers(run.first, pages, offsets, keys, block[:, :, 1])
+            self.pools.write_layers(run.first, pages, offsets, keys, block[:, :, 1])
 
     def copied(self, boundary: int, hidden: Tensor, rows: RowBatch, index: Tensor) -> None:
         """Fill for rows ``index`` (long ``[n]``) of a launch, whose states are ``hidden`` ``[n, D]``."""
         tap = KeyValueTap()
-        _, calls = self._adapter.prologue(rows.token_ids[index], rows.positions[index], tap)
+        _, calls = self.adapter.prologue(rows.token_ids[index], rows.positions[index], tap)
         pages, offsets = rows.write_pages[index], rows.write_offsets[index]
-        for layer in range(self._boundaries[boundary].depth, self._adapter.num_layers):
-            key, value = self._adapter.keys_values(layer, hidden[None], calls[layer], tap)
-            self._pools.write(layer, pages, offsets, key, value)
+        for layer in range(self._boundaries[boundary].depth, self.adapter.num_layers):
+            key, value = self.adapter.keys_values(layer, hidden[None], calls[layer], tap)
+            self.pools.write(layer, pages, offsets, key, value)

@@ -17,7 +17,7 @@ from tide_ray.engine.runner import Runner
 from tide_ray.engine.stages import Stage
 from tide_ray.exits.policies import Candidates
 from tide_ray.exits.readouts import unit_rms
-from tide_ray.models.adapter import LayerCall
+from tide_ray.models.layer_calls import LayerCall
 
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 REPEATS = 3

@@ -69,6 +69,19 @@ class RowBatch:
     def num_decode(self) -> int:
         return self.decode_lengths.shape[0]
 
+    def select(self, index: Tensor) -> RowBatch:
+        """Rows ``index`` (long ``[n]``, rising) of a launch of decode rows alone."""
+        assert not self.chunks, "chunks have rows that belong together"
+        return RowBatch(
+            token_ids=self.token_ids[index],
+            positions=self.positions[index],
+            write_pages=self.write_pages[index],
+            write_offsets=self.write_offsets[index],
+            decode_pages=self.decode_pages[index],
+            decode_lengths=self.decode_lengths[index],
+            chunks=[],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:

@@ -13,6 +13,7 @@ A forward pass is cut into three parts, none of which knows an architecture:
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tide_ray.models.layer_calls import LayerCall, are_alike, selected_calls
 from tide_ray.types import UserError
 
 ATTENTION_NAME = "tide_ray"
@@ -37,14 +39,6 @@ class KVShape:
 
     num_heads: int
     head_dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """How the model calls one layer, apart from the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _Recorder(nn.Module):
@@ -277,6 +271,18 @@ class Adapter:
             any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values())
             for layer in self.layers
         ]
+
+    @functools.cached_property
+    def calls_are_by_row(self) -> bool:
+        """Whether ``selected_calls`` gives what a ``prologue`` of the selected rows would."""
+        ids = torch.arange(1, 6, device=self.device) % self.config.vocab_size
+        positions = torch.tensor([0, 3, 7, 2, 9], device=self.device)
+        index = torch.tensor([1, 2, 4], device=self.device)
+        all_rows, some_rows = KeyValueTap(), KeyValueTap()
+        _, calls = self.prologue(ids, positions, all_rows)
+        selected = selected_calls(calls, index, num_rows=len(ids), cache=all_rows, new_cache=some_rows)
+        _, expected = self.prologue(ids[index], positions[index], some_rows)
+        return all(are_alike((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(selected, expected, strict=True))
 
     # ---- attention seam ----
 
