@@ -44,7 +44,8 @@ def _kernel(head_dim: int, group: int, page_size: int, item_bytes: int) -> Calla
         kv_heads = keys.shape[1]
         key_pool, value_pool = keys.ctypes.data, values.ctypes.data
         scores = np.empty((group, page_size), np.float32)
-        tops = np.full((group, block), -np.inf, np.float32)
+        maxima = np.empty(block, np.float32)
+        tops = np.full(group, -np.inf, np.float32)
         norms = np.zeros((group, block), np.float32)
         total = np.zeros((group, head_dim), np.float32)
         first, last = begin // page_size, (end + page_size - 1) // page_size
@@ -69,24 +70,33 @@ def _kernel(head_dim: int, group: int, page_size: int, item_bytes: int) -> Calla
                         item_bytes,
                     )
             for g in range(group):
-                row, top = scores[g], tops[g, 0]
+                row, top = scores[g], tops[g]
+                address = scores.ctypes.data + g * page_size * 4
                 if softcap > 0:
                     for t in range(low, high):
                         row[t] = softcap * np.tanh(row[t] / softcap)
-                row[aligned:low] = -np.inf  # before the window
-                row[high:padded] = -np.inf
-                address = scores.ctypes.data + g * page_size * 4
-                top_address, norm_address = tops.ctypes.data + g * block * 4, norms.ctypes.data + g * block * 4
+                for t in range(aligned, low):  # before the window
+                    row[t] = -np.inf
+                for t in range(high, padded):
+                    row[t] = -np.inf
+                for lane in range(block):
+                    maxima[lane] = top
                 for t in range(aligned, padded, block):
-                    raise_to(top_address, address + t * 4, block)
-                tops[g] = tops[g].max()
-                if tops[g, 0] > top:  # the sums so far were relative to the old top
-                    factor = np.exp(top - tops[g, 0])
-                    norms[g] *= factor
-                    total[g] *= factor
+                    raise_to(maxima.ctypes.data, address + t * 4, block)
+                for lane in range(block):
+                    top = max(top, maxima[lane])
+                if top > tops[g]:  # the sums so far were relative to the old top
+                    factor = np.exp(tops[g] - top)
+                    tops[g] = top
+                    for lane in range(block):
+                        norms[g, lane] *= factor
+                    for d in range(head_dim):
+                        total[g, d] *= factor
+                norm_address, top_address = norms.ctypes.data + g * block * 4, tops.ctypes.data + g * 4
                 for t in range(aligned, padded, block):
                     exponentiate(address + t * 4, norm_address, top_address, block)
-                row[aligned:low] = 0
+                for t in range(aligned, low):
+                    row[t] = 0
             whole = high // block * block  # past it, what the page holds may be anything, even NaN
             for t in range(aligned, whole, block):
                 for g in range(0, group, rows):

@@ -45,7 +45,7 @@ CANDIDATES = (0.4, 0.53, 0.67, 0.8, 0.87, 0.93)
 """Depths compared, as shares of the model's layers."""
 MAX_FITTED = 32_768
 """Rows that exit heads are fitted on, held-out ones included: beyond it they gain less than prompts differ."""
-MAX_JUDGED = {"gate": 12_288, "calibrate": 8192, "test": 6144}
+MAX_JUDGED = {"gate": 16_384, "calibrate": 8192, "test": 6144}
 """Rows of each other split: they are read through all heads, which costs more than computing them."""
 MAX_PROMPT = {"gate": 8192, "calibrate": 4096, "test": 0}
 """Prompt rows of each: prefill gates start from a good guess, and their figures are not part of the report."""
