@@ -25,7 +25,7 @@ def most_promising(
     wrong ones are among. Depths are added one by one, each the best beside those before it.
 
     Args:
-        heads: by depth, as fitted.
+        heads: by depth, as fitted, all on the readout's device.
         held: rows that the heads have not seen, with ``state_D`` for every depth D and ``final``.
         readout: pre-norm states ``[N, D]`` to logits.
     """
@@ -45,11 +45,13 @@ def _savings_of_tokens(
 ) -> dict[int, np.ndarray]:
     """Share of the layers that each held-out token would save at each depth: 0 where its choice is not sure."""
     savings = {}
-    final = held.take("final")
+    device = next(iter(heads.values())).up.weight.device
+    final = held.take("final").to(device)
     with torch.inference_mode():
         expected = readout(final).argmax(-1)
         for depth, head in heads.items():
-            top = readout(head(held.take(f"state_{depth}").float()).to(final.dtype)).softmax(-1).max(-1)
+            states = held.take(f"state_{depth}").to(device).float()
+            top = readout(head(states).to(final.dtype)).softmax(-1).max(-1)
             right, confidence = (top.indices == expected).cpu().numpy(), top.values.cpu().numpy()
             is_sure = confidence >= threshold_at(confidence, right, ERROR)
             savings[depth] = is_sure * (1 - depth / num_layers)
