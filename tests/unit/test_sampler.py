@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from tide_ray.engine import sampler as sampler_module
-from tide_ray.engine.sampler import Sampler, SamplingRow, processed_probabilities, uniform
+from tide_ray.engine.sampler import Sampler, SamplingRow, argmax, processed_probabilities, uniform
 from tide_ray.types import SamplingParams
 
 VOCAB = 3000
@@ -312,3 +312,11 @@ def test_more_logprobs_than_tokens_return_the_whole_vocabulary() -> None:
     (entries,) = Sampler().sample(random_logits(1, 10), [make_row(logprobs=50)]).logprobs
     assert entries is not None
     assert sorted(entries) == list(range(10))
+
+
+def test_the_argmax_of_no_rows_is_empty() -> None:
+    """A replay in which nothing stops at a boundary has no choices to make there."""
+    assert argmax(torch.zeros(0, 96)).shape == (0,)
+    tied = torch.zeros(3, 96, dtype=torch.bfloat16)
+    tied[1, [5, 64]], tied[2, 95] = 2.0, 1.0
+    assert argmax(tied).tolist() == [0, 5, 95]

@@ -281,7 +281,7 @@ def _first_above(reached: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """First index of each row's largest value, [R, V] -> [R]; in two levels, as torch's is slow on bfloat16."""
     width = math.gcd(logits.shape[1], BLOCK)
-    blocks = logits.reshape(len(logits), -1, width)
+    blocks = logits.reshape(len(logits), logits.shape[1] // width, width)
     best = blocks.amax(dim=-1).argmax(dim=-1)
     return best * width + blocks[torch.arange(len(blocks), device=logits.device), best].argmax(dim=-1)
 
