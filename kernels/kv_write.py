@@ -6,15 +6,9 @@ only copy, so they agree bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import torch
-from numba import njit
 from torch import Tensor
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by size: a copy does not care what the bits mean."""
+from tide_kernels.cpu import as_words, jit
 
 
 def write_kv(
@@ -40,12 +34,12 @@ def write_kv(
         raise ValueError(f"dtypes differ: {key.dtype}, {value.dtype}, pages of {key_pages.dtype}, {value_pages.dtype}")
     if key.device.type == "cpu" and key_pages.is_contiguous() and value_pages.is_contiguous():
         _copy_rows(
-            _as_words(key_pages),
-            _as_words(value_pages),
+            as_words(key_pages),
+            as_words(value_pages),
             page_numbers.numpy(),
             offsets.numpy(),
-            _as_words(key.contiguous()),
-            _as_words(value.contiguous()),
+            as_words(key),
+            as_words(value),
         )
     else:
         write_kv_reference(key_pages, value_pages, page_numbers, offsets, key, value)
@@ -59,11 +53,7 @@ def write_kv_reference(
     value_pages[page_numbers, :, offsets] = value
 
 
-def _as_words(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.view(_WORDS[tensor.element_size()]).numpy()
-
-
-@njit(nogil=True, boundscheck=False, cache=True)
+@jit(nogil=True, boundscheck=False)
 def _copy_rows(key_pages, value_pages, page_numbers, offsets, key, value):  # type: ignore[no-untyped-def]
     num_heads, width = key.shape[1:]
     for row in range(len(page_numbers)):

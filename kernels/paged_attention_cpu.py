@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import config, float32, njit, prange
+from numba import config, float32, prange
 from torch import Tensor
 
+from tide_kernels.cpu import as_words, jit
 from tide_kernels.vectors import (
     add_weighted_tokens,
     exponentiate,
@@ -39,7 +39,7 @@ def _kernel(head_dim: int, group: int, page_size: int, item_bytes: int) -> Calla
     page_bytes = page_size * row_bytes
     query_bytes = 4 * head_dim
 
-    @njit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False, cache=True)
+    @jit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False)
     def attend_one(query, keys, values, out, pages, kv_head, begin, end, later, softcap):  # type: ignore[no-untyped-def]
         kv_heads = keys.shape[1]
         key_pool, value_pool = keys.ctypes.data, values.ctypes.data
@@ -113,7 +113,7 @@ def _kernel(head_dim: int, group: int, page_size: int, item_bytes: int) -> Calla
             for d in range(head_dim):
                 out[kv_head * group + g, d] = total[g, d] * inverse
 
-    @njit(parallel=True, nogil=True, fastmath=FAST_MATH, cache=True)
+    @jit(parallel=True, nogil=True, fastmath=FAST_MATH)
     def attend_all(query, keys, values, out, table, lengths, softcap, window):  # type: ignore[no-untyped-def]
         kv_heads = keys.shape[1]
         num_tasks = query.shape[0] * kv_heads
@@ -132,11 +132,6 @@ def _kernel(head_dim: int, group: int, page_size: int, item_bytes: int) -> Calla
 def cpu_kernel_takes(query: Tensor) -> bool:
     """Whether this kernel covers the query's device and dtype."""
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
-
-
-def _as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    tensor = tensor.contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def cpu_decode_attention(
@@ -158,12 +153,12 @@ def cpu_decode_attention(
     num_threads = torch.get_num_threads()
     numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
     kernel(
-        _as_numpy(query.float() * scale),
-        _as_numpy(key_pages),
-        _as_numpy(value_pages),
+        as_words(query.float() * scale),
+        as_words(key_pages),
+        as_words(value_pages),
         out.numpy(),
-        _as_numpy(page_table),
-        _as_numpy(lengths),
+        as_words(page_table),
+        as_words(lengths),
         np.float32(softcap),
         window,
     )

@@ -61,11 +61,12 @@ def score_tokens(_context, queries, keys, ahead, scores, stride, head_dim, num_r
     Args:
         queries, keys, scores: addresses of float32 ``[num_rows, head_dim]``, of ``[num_tokens, head_dim]`` and of the
             first score.
+        ahead: address of what is needed next; as many bytes as the keys have are asked for meanwhile. It may be any.
         stride: bytes from one row's scores to the next row's.
         head_dim, num_rows, num_tokens: constants.
         item_bytes: constant; 2 for keys in bfloat16, 4 for float32.
     """
-    width, rows, tokens, size = (kind.literal_value for kind in (head_dim, num_rows, num_tokens, item_bytes))
+    width, rows, tokens, size = _values(head_dim, num_rows, num_tokens, item_bytes)
     lanes = lanes_for(width)
     chunks = range(width // lanes)
 
@@ -97,10 +98,11 @@ def add_weighted_tokens(_context, sums, values, ahead, weights, stride, head_dim
     Args:
         sums, values, weights: addresses of float32 ``[num_rows, head_dim]``, of ``[num_tokens, head_dim]`` and of the
             first weight.
+        ahead: as in ``score_tokens``, by the values' bytes.
         stride: bytes from one row's weights to the next row's.
         head_dim, num_rows, num_tokens, item_bytes: constants, as in ``score_tokens``.
     """
-    width, rows, tokens, size = (kind.literal_value for kind in (head_dim, num_rows, num_tokens, item_bytes))
+    width, rows, tokens, size = _values(head_dim, num_rows, num_tokens, item_bytes)
     lanes = lanes_for(width)
     chunks = range(width // lanes)
 
@@ -169,6 +171,11 @@ def exponentiate(_context, numbers, sums, top, num):  # type: ignore[no-untyped-
         return context.get_dummy_value()
 
     return types.void(numbers, sums, top, num), codegen
+
+
+def _values(*constants: Any) -> tuple[int, ...]:
+    """The values of arguments that are constants, from their types."""
+    return tuple(kind.literal_value for kind in constants)
 
 
 def _prefetch(builder: ir.IRBuilder, address: Any, offset: int, num_bytes: int) -> None:

@@ -39,7 +39,7 @@ def print_report(console: Console, routers: Routers, output: str) -> None:
         "skipping were free; *: in the checkpoint"
     )
     compared = {str(row["depth"]) for row in metrics["candidates"]}
-    screened_out = {depth: saving for depth, saving in metrics.get("screened", {}).items() if depth not in compared}
+    screened_out = {depth: saving for depth, saving in metrics["screened"].items() if depth not in compared}
     if screened_out:
         savings = ", ".join(f"{depth} ({saving:.1%})" for depth, saving in screened_out.items())
         console.print(f"screened out for the little they could save at best (share of layer runs): {savings}")
