@@ -18,7 +18,7 @@ from bench_hf import continuous_batching, static_batches
 from bench_profile import profile_engine
 from bench_workload import Workload
 
-from tide_ray import EngineConfig, SamplingParams, TideEngine
+from tide_ray import EngineConfig, TideEngine
 from tide_ray.models import LoadedModel, load
 
 # Every engine is in memory at once, beside HuggingFace's model and its cache.
@@ -114,7 +114,7 @@ def _compare(
     ]
     theirs = _hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
     for engine in engines:
-        engine.generate(workload.prompts(engine.tokenizer)[:4], SamplingParams(temperature=0, max_tokens=4))
+        engine.warm_up()
     static_batches(reference, prompts[:4], 4, 4, False)
     for _ in range(rounds):
         for contender in (*ours, *theirs):

@@ -211,3 +211,9 @@ class EngineStats:
     num_filled_rows: int = 0
     num_prefill_exits: int = 0
     deferred_rows: dict[str, int] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Count from zero again, in place: the parts of the engine share this object."""
+        fresh = EngineStats(rows_through_layer=[0] * len(self.rows_through_layer))
+        for counter in fields(self):
+            setattr(self, counter.name, getattr(fresh, counter.name))

@@ -151,3 +151,22 @@ def test_two_engines_may_share_one_loaded_model(shared_model: LoadedModel) -> No
         assert completion.exit_layers == [depth] * GREEDY.max_tokens
     assert full.stats.rows_through_layer[0] == full.stats.rows_through_layer[3]
     assert static.stats.rows_through_layer[1:] == [0, 0, 0]
+
+
+def test_warming_up_leaves_no_trace(engine: TideEngine, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    engine.generate(prompts[0], GREEDY)
+    shared = engine.runner.stats
+    engine.warm_up()
+    assert engine.stats is shared
+    assert (engine.stats.num_steps, engine.stats.num_prompt_tokens, sum(engine.stats.rows_through_layer)) == (0, 0, 0)
+    assert_idle(engine)
+    assert tokens(engine.generate(prompts, GREEDY)) == answers
+
+
+def test_an_engine_too_short_for_the_warm_up_prompt_warms_up_with_what_fits() -> None:
+    engine = TideEngine(loaded(cycle_model()), EngineConfig(max_model_len=4, max_num_seqs=2))
+    seen: list[int] = []
+    engine.runner.adapter.layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-2]))
+    engine.warm_up()
+    assert seen == [2, 1]
+    assert engine.stats.num_rejected_requests == 0

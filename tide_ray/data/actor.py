@@ -109,7 +109,9 @@ class Generator:
             self._reporter.engine_started(self._engine.describe())
 
     def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
-        return TideEngine.from_pretrained(model, config)
+        engine = TideEngine.from_pretrained(model, config)
+        engine.warm_up()
+        return engine
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Generate for each row. Yields one table: ``batch``'s columns and RESULT_SCHEMA's, rows in input order."""

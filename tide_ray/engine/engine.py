@@ -31,6 +31,7 @@ from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
 
 UNLIMITED_POSITIONS = 2**20
+WARM_UP_ROWS = 16
 
 
 class TideEngine:
@@ -107,6 +108,16 @@ class TideEngine:
         config = config or EngineConfig()
         loaded = load_as(model, config)
         return cls(loaded, config)
+
+    def warm_up(self) -> None:
+        """Answer a short prompt and forget it, so that the first request waits for nothing that only happens once.
+
+        That is loading compiled kernels, touching the weights and starting threads: seconds, on a CPU. To be called
+        while nothing runs; counters start from zero afterwards.
+        """
+        prompt = [0] * min(WARM_UP_ROWS, self.max_model_len - 2)
+        self.generate(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        self.stats.reset()
 
     @property
     def tokenizer(self) -> Any:
