@@ -50,7 +50,7 @@ class _RecordingCache(LaunchCache):
     """Attends within the launch's whole sequences and keeps K/V, unrotated, instead of writing them to pages.
 
     Args:
-        first_judged: of every chunk; None: attention is not recorded.
+        first_judged: of every sequence; None: attention is not recorded.
     """
 
     def __init__(
@@ -86,9 +86,11 @@ class _RecordingCache(LaunchCache):
     ) -> Tensor:
         if self._first_judged is not None and self._layer >= self._first_layer:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
+            firsts = iter(self._first_judged)
             received = [
-                _received(query[0], key[0], chunk, first, scale=scale, softcap=softcap, window=window)
-                for chunk, first in zip(self._rows.chunks, self._first_judged, strict=True)
+                _received(q, k, chunk, next(firsts), scale=scale, softcap=softcap, window=window)
+                for chunk in self._rows.chunks
+                for q, k in zip(chunk.sequences(query[0]), chunk.sequences(key[0]), strict=True)
             ]
             self.attention.append(torch.cat(received))
         return super().attend(query, key, value, scale=scale, softcap=softcap, window=window)
@@ -97,9 +99,12 @@ class _RecordingCache(LaunchCache):
 def _received(
     query: Tensor, key: Tensor, chunk: Chunk, first: int, *, scale: float, softcap: float, window: int
 ) -> Tensor:
-    """Attention that a whole sequence's rows get from its rows ``first`` on, ``[rows]``; see TraceRows."""
-    asking = query[:, chunk.start + first : chunk.stop].float()
-    asked = key[:, chunk.start : chunk.stop].float().repeat_interleave(len(query) // len(key), 0)
+    """Attention that a sequence's rows get from its rows ``first`` on, ``[rows]``; see TraceRows.
+
+    query: ``[H, rows, d]``, key: ``[H_kv, rows, d]``, of one of the chunk's sequences.
+    """
+    asking = query[:, first:].float()
+    asked = key.float().repeat_interleave(len(query) // len(key), 0)
     scores = asking @ asked.transpose(1, 2) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap

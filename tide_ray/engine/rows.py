@@ -23,18 +23,23 @@ from tide_ray.engine.kv_cache import KVCache
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows ``start:stop`` of a launch: tokens of one sequence at rising ``positions`` (long ``[stop - start]``)."""
+    """Rows ``start:stop`` of a launch: tokens of one sequence at rising ``positions`` (long ``[rows]``).
+
+    Neighbours that are whole sequences of one length make one chunk, and so one attention call: ``count`` sequences of
+    the same ``positions``, one after another.
+    """
 
     start: int
     stop: int
     positions: Tensor
-    length: int  # tokens that the last row attends to, itself included
-    is_whole: bool  # the rows are the sequence's tokens from its first on, so nothing lies before them
-    pages: Tensor  # page numbers of the sequence, long
+    length: int  # tokens that the last row of a sequence attends to, itself included
+    is_whole: bool  # the rows are all of the sequence's tokens, so nothing lies before them
+    pages: Tensor  # page numbers of the sequence, long; of the first one where there are several
+    count: int = 1
     masks: dict[int, Tensor] = field(default_factory=dict)  # by sliding window, built once per launch
 
     def mask(self, window: int) -> Tensor:
-        """Which of the sequence's tokens each row may see, ``[rows, length]`` bool."""
+        """Which of its sequence's tokens each row may see, ``[rows, length]`` bool."""
         if window not in self.masks:
             query = self.positions[:, None]
             key = torch.arange(self.length, device=query.device)[None, :]
@@ -43,6 +48,10 @@ class Chunk:
                 visible &= key > query - window
             self.masks[window] = visible
         return self.masks[window]
+
+    def sequences(self, states: Tensor) -> Tensor:
+        """The chunk's part of ``[H, N, d]``, by sequence: ``[count, H, rows, d]``."""
+        return states[:, self.start : self.stop].unflatten(1, (self.count, -1)).transpose(0, 1)
 
 
 @dataclass(slots=True)
@@ -117,21 +126,19 @@ def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device) -
     for row, span in zip(table, decode, strict=True):
         used = min(width, len(span.pages))
         row[:used] = span.pages[:used]
-    chunks, start = [], len(decode)
+    chunks: list[Chunk] = []
+    start = len(decode)
     for span in spans[len(decode) :]:
         assert not span.is_decode, "decode spans come first"
         stop = start + len(span.token_ids)
         length = int(span.positions[-1]) + 1
-        chunks.append(
-            Chunk(
-                start,
-                stop,
-                torch.from_numpy(span.positions).to(device),
-                length,
-                is_whole=length == stop - start,
-                pages=torch.from_numpy(span.pages[: -(-length // page_size)].astype(np.int64)).to(device),
-            )
-        )
+        is_whole = length == stop - start
+        if is_whole and chunks and chunks[-1].is_whole and chunks[-1].length == length:
+            chunks[-1].stop, chunks[-1].count = stop, chunks[-1].count + 1
+        else:
+            positions_here = torch.from_numpy(span.positions).to(device)
+            pages = torch.from_numpy(span.pages[: -(-length // page_size)].astype(np.int64)).to(device)
+            chunks.append(Chunk(start, stop, positions_here, length, is_whole, pages))
         start = stop
 
     def to_device(array: np.ndarray) -> Tensor:
@@ -192,28 +199,27 @@ class LaunchCache(Cache):
                 )
             )
         for chunk in rows.chunks:
-            q = query[0, :, chunk.start : chunk.stop]
             if chunk.is_whole:
-                k, v = key[0, :, chunk.start : chunk.stop], value[0, :, chunk.start : chunk.stop]
+                k, v = chunk.sequences(key[0]), chunk.sequences(value[0])
             else:
-                k, v = self._pools.gather(layer, chunk.pages, chunk.length)
-            parts.append(_extend_attention(q, k, v, chunk, scale=scale, softcap=softcap, window=window).transpose(0, 1))
+                k, v = (states[None] for states in self._pools.gather(layer, chunk.pages, chunk.length))
+            out = _extend_attention(chunk.sequences(query[0]), k, v, chunk, scale=scale, softcap=softcap, window=window)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
 def _extend_attention(
     query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, *, scale: float, softcap: float, window: int
 ) -> Tensor:
-    """Attention of a chunk's rows: query ``[H, n, d]``, key and value ``[H_kv, length, d]`` -> ``[H, n, d]``."""
-    group = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    """A chunk's attention: query ``[count, H, n, d]``, key and value ``[count, H_kv, length, d]`` -> query's shape."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     window = window if window and window < chunk.length else 0
     if softcap:
-        scores = (query @ key.transpose(1, 2)).float() * scale
+        scores = (query @ key.transpose(2, 3)).float() * scale
         scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~chunk.mask(window), float("-inf"))
         return torch.softmax(scores, dim=-1).to(value.dtype) @ value
     is_causal = chunk.is_whole and not window
     mask = None if is_causal else chunk.mask(window)
-    out = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, is_causal=is_causal, scale=scale)
-    return out[0]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
