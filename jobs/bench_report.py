@@ -15,19 +15,8 @@ def print_report(facts: dict[str, Any]) -> None:
         f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens on average, at most {facts['max_tokens']} "
         f"new; {facts['rounds']} rounds",
     )
-    table = Table(title="throughput", title_justify="left")
-    for column in ("contender", "batch", "tokens/s", "slowest to fastest", "over best HF"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
-    for row in facts["contenders"]:
-        spread = f"{row['slowest']:,.1f} to {row['fastest']:,.1f}"
-        batch, rate = str(row["batch_size"] or "-"), f"{row['tokens_per_second']:,.1f}"
-        table.add_row(row["name"], batch, rate, spread, f"{row['ratio_to_best_hf']:.2f}")
-    console.print(table)
-    same = facts["agreement_with_hf"]
-    console.print(
-        f"identical answers {same['identical_answers']:.1%}, tokens before the first difference "
-        f"{same['tokens_before_difference']:.1%} ({facts['dtype']} rounds differently in another batch)"
-    )
+    console.print(_contenders(facts, "throughput"))
+    _print_agreement(console, facts)
     profile = facts["profile"]
     shares = Table(title=f"where the engine's {profile['wall_seconds']:.1f} s go", title_justify="left")
     shares.add_column("part")
@@ -41,6 +30,26 @@ def print_report(facts: dict[str, Any]) -> None:
             f"Ray job {ray['job_tokens_per_second']:,.1f} tokens/s, bare engine {ray['bare_tokens_per_second']:,.1f}: "
             f"overhead {ray['overhead']:.1%}; the whole job took {ray['job_wall_seconds']:.1f} s"
         )
+
+
+def print_peers_report(facts: dict[str, Any]) -> None:
+    """Print what the machine allows, everyone's rate, and how our full depth compares with everyone's best."""
+    console = _headed(
+        facts,
+        f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens on average, at most {facts['max_tokens']} "
+        f"new; {facts['rounds']} rounds",
+    )
+    limits = facts["roofline"]
+    rates = ", ".join(f"{rate:,.0f} with {size}" for size, rate in limits["tokens_per_second"].items())
+    console.print(
+        f"roofline: {limits['weight_bytes'] / 1e6:,.0f} MB of weights, copies at "
+        f"{limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, products at {limits['gemm_flops_per_second'] / 1e9:,.0f} "
+        f"GFLOP/s: at most {rates} resident sequences; reached {facts['roofline_share']:.0%}, prompts included"
+    )
+    console.print(_contenders(facts, "everyone, in turn"))
+    ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in facts["ratios"].items() if ratio != 1)
+    console.print(f"full depth, each at its best batch size: {ratios}")
+    _print_agreement(console, facts)
 
 
 def print_depth_report(facts: dict[str, Any]) -> None:
@@ -144,6 +153,25 @@ def print_calibration_report(facts: dict[str, Any]) -> None:
     console.print(table)
     scaled = facts["recipe"]["epochs_run"]
     console.print(f"{facts['ratio']:.1f} times faster (of the recipe's 100 epochs {scaled} were run)")
+
+
+def _contenders(facts: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("contender", "batch", "tokens/s", "slowest to fastest", "over best HF"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for row in facts["contenders"]:
+        spread = f"{row['slowest']:,.1f} to {row['fastest']:,.1f}"
+        batch, rate = str(row["batch_size"] or "-"), f"{row['tokens_per_second']:,.1f}"
+        table.add_row(row["name"], batch, rate, spread, f"{row['ratio_to_best_hf']:.2f}")
+    return table
+
+
+def _print_agreement(console: Console, facts: dict[str, Any]) -> None:
+    same = facts["agreement_with_hf"]
+    console.print(
+        f"identical answers {same['identical_answers']:.1%}, tokens before the first difference "
+        f"{same['tokens_before_difference']:.1%} ({facts['dtype']} rounds differently in another batch)"
+    )
 
 
 def _headed(facts: dict[str, Any], what: str) -> Console:

@@ -7,59 +7,20 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from bench_hf import continuous_batching, static_batches
+from bench_contenders import Contender, engine_answers, hf_contenders
+from bench_hf import static_batches
 from bench_profile import profile_engine
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, TideEngine
-from tide_ray.models import LoadedModel, load
+from tide_ray.models import load
 
 # Every engine is in memory at once, beside HuggingFace's model and its cache.
 KV_MEMORY_FRACTION = 0.2
-
-
-@dataclass(slots=True)
-class Contender:
-    """Something that answers the workload; ``run`` returns the tokens of every answer, in the workload's order."""
-
-    name: str
-    batch_size: int | None
-    run: Callable[[], list[list[int]]]
-    seconds: list[float] = field(default_factory=list)
-    answers: list[list[int]] = field(default_factory=list)
-
-    def measure(self) -> None:
-        start = time.perf_counter()
-        self.answers = self.run()
-        self.seconds.append(time.perf_counter() - start)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Median over the rounds."""
-        return round(statistics.median(self._rates()), 1)
-
-    def _rates(self) -> list[float]:
-        num_tokens = sum(map(len, self.answers))
-        return [num_tokens / seconds for seconds in self.seconds]
-
-    def facts(self, base: float) -> dict[str, Any]:
-        rates = self._rates()
-        return {
-            "name": self.name,
-            "batch_size": self.batch_size,
-            "tokens": sum(map(len, self.answers)),
-            "tokens_per_second": self.tokens_per_second,
-            "slowest": round(min(rates), 1),
-            "fastest": round(max(rates), 1),
-            "ratio_to_best_hf": round(self.tokens_per_second / base, 2),
-        }
 
 
 def run_throughput(
@@ -109,10 +70,10 @@ def _compare(
         for seqs in engine_seqs
     ]
     ours = [
-        Contender("tide_ray, full depth", engine.max_num_seqs, partial(_answers, engine, workload))
+        Contender("tide_ray, full depth", engine.max_num_seqs, partial(engine_answers, engine, workload))
         for engine in engines
     ]
-    theirs = _hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
+    theirs = hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
     for engine in engines:
         engine.warm_up()
     static_batches(reference, prompts[:4], 4, 4, False)
@@ -141,38 +102,6 @@ def _compare(
         "num_preemptions": best.stats.num_preemptions,
     }
     return facts, {**settings, "max_num_seqs": best.max_num_seqs}
-
-
-def _hf_contenders(
-    reference: LoadedModel,
-    workload: Workload,
-    prompts: list[list[int]],
-    batch_sizes: list[int],
-    *,
-    with_continuous: bool,
-) -> list[Contender]:
-    """Static batches in the given order, and sorted by length where that changes a batch."""
-    contenders = [
-        Contender(
-            f"HF generate{', sorted by length' if by_length else ''}",
-            size,
-            partial(static_batches, reference, prompts, workload.max_tokens, size, by_length),
-        )
-        for size in batch_sizes
-        for by_length in ((False, True) if size < len(prompts) else (False,))
-    ]
-    if with_continuous:
-        own = load(workload.model, dtype=workload.dtype)
-        continuous_batching(own, prompts[:4], 4)
-        contenders.append(
-            Contender("HF generate_batch", None, partial(continuous_batching, own, prompts, workload.max_tokens))
-        )
-    return contenders
-
-
-def _answers(engine: TideEngine, workload: Workload) -> list[list[int]]:
-    outputs = engine.generate(workload.prompts(engine.tokenizer), workload.params())
-    return [output.outputs[0].token_ids for output in outputs]
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:

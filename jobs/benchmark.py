@@ -1,8 +1,9 @@
 """Benchmarks: ratios in one run, contenders interleaved, medians with their spread, and a last line of JSON.
 
 ``python jobs/benchmark.py throughput`` compares the engine at full depth with HuggingFace ``generate`` in static
-batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``depth``
-measures forced exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement.
+batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``peers``
+compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures forced
+exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from bench_options import (
     AnswerTokens,
     Checkpoint,
     Dtype,
+    EngineSeqs,
     FewShot,
+    HFBatchSizes,
+    HFContinuous,
     Limit,
     Model,
     NumThreads,
@@ -49,11 +53,11 @@ def throughput(
     dtype: Dtype = "auto",
     max_tokens: Annotated[int, typer.Option(help="most new tokens per prompt; answers end at EOS")] = 128,
     rounds: Rounds = 3,
-    engine_seqs: Annotated[str, typer.Option(help="resident sequences of the engine, separated by commas")] = "64,128",
-    hf_batch_sizes: Annotated[str, typer.Option(help="static batches of HF generate, separated by commas")] = "64,128",
+    engine_seqs: EngineSeqs = "64,128",
+    hf_batch_sizes: HFBatchSizes = "64,128",
     num_threads: NumThreads = None,
     limit: Limit = None,
-    hf_continuous: Annotated[bool, typer.Option(help="also run HF generate_batch (slow on a CPU)")] = False,
+    hf_continuous: HFContinuous = False,
     ray: Annotated[bool, typer.Option(help="also run the Ray job and compare it with the bare engine")] = True,
     output: Output = None,
 ) -> None:
@@ -92,6 +96,44 @@ def throughput(
         )
     facts = {"benchmark": "throughput", **machine, **measured}
     print_report(facts)
+    finish(facts, output)
+
+
+@app.command()
+def peers(
+    prompts: Annotated[list[str] | None, typer.Option(help="JSONL file, FILE or FILE:N; may be given again")] = None,
+    exits: Annotated[str | None, typer.Option(help="folder of a router checkpoint to run as well")] = None,
+    gguf: Annotated[str | None, typer.Option(help="the model's GGUF file for OpenVINO; default: demo's")] = None,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 128,
+    rounds: Rounds = 3,
+    engine_seqs: EngineSeqs = "64,128",
+    hf_batch_sizes: HFBatchSizes = "64,128",
+    hf_continuous: HFContinuous = False,
+    num_threads: NumThreads = None,
+    limit: Limit = None,
+    output: Output = None,
+) -> None:
+    """Engine at full depth and with exits, HF generate and OpenVINO GenAI, each at its best batch size."""
+    with user_errors():
+        from bench_machine import machine_facts, num_cores
+        from bench_peers import run_peers
+        from bench_report import print_peers_report
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_peers(
+            workload_from(prompts, None, 0, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
+            checkpoint=exits,
+            gguf=gguf,
+            rounds=parse_positive("rounds", rounds),
+            engine_seqs=parse_numbers("engine_seqs", engine_seqs),
+            hf_batch_sizes=parse_numbers("hf_batch_sizes", hf_batch_sizes),
+            num_threads=machine["num_threads"],
+            with_hf_continuous=hf_continuous,
+        )
+    facts = {"benchmark": "peers", **machine, **measured}
+    print_peers_report(facts)
     finish(facts, output)
 
 

@@ -1,14 +1,22 @@
-"""What Numba CPU kernels share: how they are compiled, and how they see tensors."""
+"""What Numba CPU kernels share: how they are compiled and launched, and how they see tensors.
+
+Threads come from Numba's OpenMP layer, which shares torch's OpenMP runtime: one pool, so the two never compete for
+cores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numba import njit
+from numba import config, njit
 from torch import Tensor
+
+config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,6 +31,16 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
             return njit(**options)(function)
 
     return decorate
+
+
+@contextmanager
+def torch_threads() -> Iterator[None]:
+    """Launch parallel kernels with as many threads as this thread's torch has, and leave torch with as many."""
+    num_threads = torch.get_num_threads()
+    numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
+    yield
+    if torch.get_num_threads() != num_threads:  # Numba's first launch sets the process' OpenMP default to all cores
+        torch.set_num_threads(num_threads)
 
 
 def as_words(tensor: Tensor) -> np.ndarray[Any, Any]:

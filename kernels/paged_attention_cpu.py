@@ -1,7 +1,6 @@
 """Decode attention over paged K/V on a CPU, in Numba: streams each page once, float32 accumulation.
 
-Threads come from Numba's OpenMP layer, which shares torch's OpenMP runtime (one pool, so the two never compete for
-cores). bfloat16 is read and written as 16-bit patterns. Work is split by (row, K/V head).
+bfloat16 is read and written as 16-bit patterns. Work is split by (row, K/V head).
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
-from numba import config, float32, prange
+from numba import float32, prange
 from torch import Tensor
 
-from tide_kernels.cpu import as_words, jit
+from tide_kernels.cpu import as_words, jit, torch_threads
 from tide_kernels.vectors import (
     add_weighted_tokens,
     exponentiate,
@@ -24,8 +22,6 @@ from tide_kernels.vectors import (
     score_tokens,
     tokens_for,
 )
-
-config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 # Reassociation and contraction let the compiler vectorise sums; infinities and NaN keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -150,18 +146,15 @@ def cpu_decode_attention(
     num_heads, head_dim = query.shape[1:]
     _, kv_heads, page_size, _ = key_pages.shape
     kernel = _kernel(head_dim, num_heads // kv_heads, page_size, query.element_size())
-    num_threads = torch.get_num_threads()
-    numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
-    kernel(
-        as_words(query.float() * scale),
-        as_words(key_pages),
-        as_words(value_pages),
-        out.numpy(),
-        as_words(page_table),
-        as_words(lengths),
-        np.float32(softcap),
-        window,
-    )
-    if torch.get_num_threads() != num_threads:  # Numba's first launch sets the process' OpenMP default to all cores
-        torch.set_num_threads(num_threads)
+    with torch_threads():
+        kernel(
+            as_words(query.float() * scale),
+            as_words(key_pages),
+            as_words(value_pages),
+            out.numpy(),
+            as_words(page_table),
+            as_words(lengths),
+            np.float32(softcap),
+            window,
+        )
     return out.to(query.dtype)

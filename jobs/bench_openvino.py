@@ -1,0 +1,60 @@
+"""OpenVINO GenAI's continuous batching as a contender, on the GGUF file that the model comes from.
+
+It keeps the file's quantised weights (4 bits for the demo model), where the others run what they were dequantised to.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from tide_ray.types import UserError
+
+PRECISIONS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+CACHE_GIB = 2
+
+
+def is_installed() -> bool:
+    """Whether the ``bench`` extra is there."""
+    return find_spec("openvino_genai") is not None
+
+
+class OpenVinoPipeline:
+    """One loaded pipeline.
+
+    Args:
+        gguf: the model.
+        dtype: what it computes in, by torch's name.
+        max_num_seqs: sequences that it runs at a time.
+
+    Raises:
+        UserError: OpenVINO cannot read the file.
+    """
+
+    def __init__(self, gguf: Path, *, dtype: str, max_num_seqs: int, num_threads: int) -> None:
+        import openvino_genai
+
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_seqs = max_num_seqs
+        scheduler.cache_size = CACHE_GIB
+        scheduler.enable_prefix_caching = False  # every round asks the same prompts
+        properties = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "INFERENCE_NUM_THREADS": num_threads}
+        try:
+            self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(gguf), scheduler, "CPU", properties)
+        except RuntimeError as error:
+            raise UserError(f"gguf: OpenVINO cannot read {str(gguf)!r}: {error}") from None
+
+    def answers(self, prompts: list[list[int]], max_tokens: int, eos_token_ids: set[int]) -> list[list[int]]:
+        """Greedy answers, EOS included, in the order of the prompts (token ids)."""
+        import openvino
+        import openvino_genai
+
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens = max_tokens
+        config.do_sample = False
+        config.stop_token_ids = eos_token_ids
+        inputs = [openvino.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
+        results = self._pipeline.generate(inputs, [config] * len(inputs))
+        return [list(result.m_generation_ids[0]) for result in results]

@@ -1,0 +1,127 @@
+"""Everyone that answers offline prompts on this machine, in turn, on the same prompts and weights.
+
+Our engine at full depth and with a router checkpoint, HuggingFace ``generate`` in static batches, ``generate_batch``,
+and OpenVINO GenAI where it is installed: each at several batch sizes, of which its best one counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_contenders import Contender, engine_answers, hf_contenders
+from bench_hf import static_batches
+from bench_openvino import OpenVinoPipeline, is_installed
+from bench_roofline import roofline
+from bench_throughput import KV_MEMORY_FRACTION, agreement
+from bench_workload import Workload
+
+from tide_ray import EngineConfig, TideEngine
+from tide_ray.models import LoadedModel, load
+from tide_ray.models.demo import unpack_demo_gguf
+
+OURS, WITH_EXITS, HF, OPENVINO = "tide_ray, full depth", "tide_ray, exits", "HF generate", "OpenVINO GenAI"
+
+
+def run_peers(
+    workload: Workload,
+    *,
+    checkpoint: str | None,
+    gguf: str | None,
+    rounds: int,
+    engine_seqs: list[int],
+    hf_batch_sizes: list[int],
+    num_threads: int,
+    with_hf_continuous: bool,
+) -> dict[str, Any]:
+    """Run everyone ``rounds`` times, interleaved; returns the facts that are printed and written.
+
+    Args:
+        checkpoint: routers for the engine with exits; None leaves it out.
+        gguf: the file for OpenVINO; None takes the demo model's, and leaves OpenVINO out for other models.
+    """
+    torch.set_num_threads(num_threads)
+    reference = load(workload.model, dtype=workload.dtype)
+    prompts = workload.token_ids(reference)
+    limits = roofline(reference, engine_seqs)
+    settings: dict[str, Any] = {
+        "dtype": workload.dtype,
+        "max_model_len": max(map(len, prompts)) + workload.max_tokens,
+        "num_threads": num_threads,
+        "kv_memory_fraction": KV_MEMORY_FRACTION,
+    }
+    contenders = _ours(workload, OURS, settings, engine_seqs)
+    if checkpoint is not None:
+        contenders += _ours(workload, WITH_EXITS, {**settings, "exits": checkpoint}, engine_seqs)
+    contenders += hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
+    with tempfile.TemporaryDirectory() as scratch:
+        contenders += _openvino(reference, workload, prompts, gguf, Path(scratch), max(engine_seqs), num_threads)
+    static_batches(reference, prompts[:4], 4, 4, False)
+    for _ in range(rounds):
+        for contender in contenders:
+            torch.set_num_threads(num_threads)  # the contender before may have left another number
+            contender.measure()
+    best = _best(contenders)
+    ours, base = best[OURS], best[HF].tokens_per_second
+    return {
+        "rounds": rounds,
+        "model": workload.model,
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "prompts": len(prompts),
+        "sources": workload.sources,
+        "mean_prompt_tokens": round(statistics.mean(map(len, prompts)), 1),
+        "max_tokens": workload.max_tokens,
+        "checkpoint": checkpoint,
+        "openvino": version("openvino-genai") if OPENVINO in best else None,
+        "roofline": limits,
+        "contenders": [contender.facts(base) for contender in contenders],
+        "ratios": {name: round(ours.tokens_per_second / one.tokens_per_second, 2) for name, one in best.items()},
+        "roofline_share": round(ours.tokens_per_second / limits["tokens_per_second"][str(ours.batch_size)], 3),
+        "agreement_with_hf": agreement(ours.answers, best[HF].answers),
+    }
+
+
+def _ours(workload: Workload, name: str, settings: dict[str, Any], engine_seqs: list[int]) -> list[Contender]:
+    engines = [
+        TideEngine.from_pretrained(workload.model, EngineConfig(**settings, max_num_seqs=seqs)) for seqs in engine_seqs
+    ]
+    for engine in engines:
+        engine.warm_up()
+    return [Contender(name, engine.max_num_seqs, partial(engine_answers, engine, workload)) for engine in engines]
+
+
+def _openvino(
+    reference: LoadedModel,
+    workload: Workload,
+    prompts: list[list[int]],
+    gguf: str | None,
+    scratch: Path,
+    max_num_seqs: int,
+    num_threads: int,
+) -> list[Contender]:
+    if not is_installed() or (gguf is None and workload.model != "demo"):
+        return []
+    pipeline = OpenVinoPipeline(
+        Path(gguf) if gguf is not None else unpack_demo_gguf(scratch),
+        dtype=str(reference.dtype).removeprefix("torch."),
+        max_num_seqs=max_num_seqs,
+        num_threads=num_threads,
+    )
+    eos = set(reference.eos_token_ids)
+    pipeline.answers(prompts[:4], 4, eos)
+    return [Contender(OPENVINO, max_num_seqs, partial(pipeline.answers, prompts, workload.max_tokens, eos))]
+
+
+def _best(contenders: list[Contender]) -> dict[str, Contender]:
+    """Everyone's fastest batch size; sorting by length counts as a way to run HF ``generate``."""
+    best: dict[str, Contender] = {}
+    for contender in contenders:
+        name = contender.name.removesuffix(", sorted by length")
+        if name not in best or contender.tokens_per_second > best[name].tokens_per_second:
+            best[name] = contender
+    return best
