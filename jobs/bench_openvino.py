@@ -37,7 +37,7 @@ class OpenVinoPipeline:
         import openvino_genai
 
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.max_num_seqs = max_num_seqs
+        scheduler.max_num_seqs = self._max_num_seqs = max_num_seqs
         scheduler.cache_size = CACHE_GIB
         scheduler.enable_prefix_caching = False  # every round asks the same prompts
         properties = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "INFERENCE_NUM_THREADS": num_threads}
@@ -55,6 +55,16 @@ class OpenVinoPipeline:
         config.max_new_tokens = max_tokens
         config.do_sample = False
         config.stop_token_ids = eos_token_ids
-        inputs = [openvino.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
-        results = self._pipeline.generate(inputs, [config] * len(inputs))
-        return [list(result.m_generation_ids[0]) for result in results]
+        answers: list[list[int]] = [[] for _ in prompts]
+        waiting, running = list(range(len(prompts)))[::-1], {}
+        while waiting or running:
+            while waiting and len(running) < self._max_num_seqs:  # the scheduler's own limit does not hold it back
+                number = waiting.pop()
+                ids = openvino.Tensor(np.array([prompts[number]], dtype=np.int64))
+                running[number] = self._pipeline.add_request(number, ids, config)
+            self._pipeline.step()
+            for number, handle in list(running.items()):
+                if handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
+                    answers[number] = list(handle.read_all()[0].generated_ids)
+                    del running[number]
+        return answers
