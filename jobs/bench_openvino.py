@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,8 @@ class OpenVinoPipeline:
         config.do_sample = False
         config.stop_token_ids = eos_token_ids
         answers: list[list[int]] = [[] for _ in prompts]
-        waiting, running = list(range(len(prompts)))[::-1], {}
+        waiting = list(range(len(prompts)))[::-1]
+        running: dict[int, Any] = {}
         while waiting or running:
             while waiting and len(running) < self._max_num_seqs:  # the scheduler's own limit does not hold it back
                 number = waiting.pop()
