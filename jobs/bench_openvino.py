@@ -28,7 +28,7 @@ class OpenVinoPipeline:
     Args:
         gguf: the model.
         dtype: what it computes in, by torch's name.
-        max_num_seqs: sequences that it runs at a time.
+        max_num_seqs: most sequences that it will run at a time.
 
     Raises:
         UserError: OpenVINO cannot read the file.
@@ -38,7 +38,7 @@ class OpenVinoPipeline:
         import openvino_genai
 
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.max_num_seqs = self._max_num_seqs = max_num_seqs
+        scheduler.max_num_seqs = max_num_seqs
         scheduler.cache_size = CACHE_GIB
         scheduler.enable_prefix_caching = False  # every round asks the same prompts
         properties = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "INFERENCE_NUM_THREADS": num_threads}
@@ -47,7 +47,9 @@ class OpenVinoPipeline:
         except RuntimeError as error:
             raise UserError(f"gguf: OpenVINO cannot read {str(gguf)!r}: {error}") from None
 
-    def answers(self, prompts: list[list[int]], max_tokens: int, eos_token_ids: set[int]) -> list[list[int]]:
+    def answers(
+        self, prompts: list[list[int]], max_tokens: int, eos_token_ids: set[int], num_at_a_time: int
+    ) -> list[list[int]]:
         """Greedy answers, EOS included, in the order of the prompts (token ids)."""
         import openvino
         import openvino_genai
@@ -60,13 +62,16 @@ class OpenVinoPipeline:
         waiting = list(range(len(prompts)))[::-1]
         running: dict[int, Any] = {}
         while waiting or running:
-            while waiting and len(running) < self._max_num_seqs:  # the scheduler's own limit does not hold it back
+            while waiting and len(running) < num_at_a_time:  # the scheduler's own limit does not hold it back
                 number = waiting.pop()
                 ids = openvino.Tensor(np.array([prompts[number]], dtype=np.int64))
                 running[number] = self._pipeline.add_request(number, ids, config)
             self._pipeline.step()
             for number, handle in list(running.items()):
-                if handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
+                status = handle.get_status()
+                if status not in (openvino_genai.GenerationStatus.RUNNING, openvino_genai.GenerationStatus.FINISHED):
+                    raise RuntimeError(f"OpenVINO left prompt {number} unanswered: {status}")
+                if status == openvino_genai.GenerationStatus.FINISHED:
                     answers[number] = list(handle.read_all()[0].generated_ids)
                     del running[number]
         return answers

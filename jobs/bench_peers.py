@@ -60,7 +60,7 @@ def run_peers(
         contenders += _ours(workload, WITH_EXITS, {**settings, "exits": checkpoint}, engine_seqs)
     contenders += hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
     with tempfile.TemporaryDirectory() as scratch:
-        contenders += _openvino(reference, workload, prompts, gguf, Path(scratch), max(engine_seqs), num_threads)
+        contenders += _openvino(reference, workload, prompts, gguf, Path(scratch), engine_seqs, num_threads)
     static_batches(reference, prompts[:4], 4, 4, False)
     for _ in range(rounds):
         for contender in contenders:
@@ -101,7 +101,7 @@ def _openvino(
     prompts: list[list[int]],
     gguf: str | None,
     scratch: Path,
-    max_num_seqs: int,
+    batch_sizes: list[int],
     num_threads: int,
 ) -> list[Contender]:
     if not is_installed() or (gguf is None and workload.model != "demo"):
@@ -109,12 +109,15 @@ def _openvino(
     pipeline = OpenVinoPipeline(
         Path(gguf) if gguf is not None else unpack_demo_gguf(scratch),
         dtype=str(reference.dtype).removeprefix("torch."),
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=max(batch_sizes),
         num_threads=num_threads,
     )
     eos = set(reference.eos_token_ids)
-    pipeline.answers(prompts[:4], 4, eos)
-    return [Contender(OPENVINO, max_num_seqs, partial(pipeline.answers, prompts, workload.max_tokens, eos))]
+    pipeline.answers(prompts[:4], 4, eos, 4)
+    return [
+        Contender(OPENVINO, size, partial(pipeline.answers, prompts, workload.max_tokens, eos, size))
+        for size in batch_sizes
+    ]
 
 
 def _best(contenders: list[Contender]) -> dict[str, Contender]:

@@ -47,7 +47,9 @@ def print_peers_report(facts: dict[str, Any]) -> None:
         f"GFLOP/s: at most {rates} resident sequences; reached {facts['roofline_share']:.0%}, prompts included"
     )
     console.print(_contenders(facts, "everyone, in turn"))
-    ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in facts["ratios"].items() if ratio != 1)
+    ratios = ", ".join(
+        f"{ratio:.2f} x {name}" for name, ratio in facts["ratios"].items() if name != "tide_ray, full depth"
+    )
     console.print(f"full depth, each at its best batch size: {ratios}")
     _print_agreement(console, facts)
 

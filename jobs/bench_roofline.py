@@ -1,7 +1,8 @@
 """What this machine allows a decode step at full depth: reading every weight once, and computing every row's products.
 
-Attention, and whatever lies between the products, would come on top, so no engine reaches this (Williams et al. 2009,
-doi:10.1145/1498765.1498785).
+Attention, and whatever lies between the products, comes on top (after Williams et al. 2009,
+doi:10.1145/1498765.1498785). A copy also loads the lines that it writes, on some machines, so pure reads may be faster
+than the rate used here.
 """
 
 from __future__ import annotations

@@ -38,9 +38,11 @@ def torch_threads() -> Iterator[None]:
     """Launch parallel kernels with as many threads as this thread's torch has, and leave torch with as many."""
     num_threads = torch.get_num_threads()
     numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
-    yield
-    if torch.get_num_threads() != num_threads:  # Numba's first launch sets the process' OpenMP default to all cores
-        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != num_threads:  # Numba's first launch sets OpenMP's default to all cores
+            torch.set_num_threads(num_threads)
 
 
 def as_words(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -38,7 +38,7 @@ def few_rows_linear(rows: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
     _check(rows, tiles, bias)
     rows = rows.contiguous()
     num_tiles, num_pairs = tiles.shape[:2]
-    out = torch.empty((*rows.shape[:-1], num_tiles * TILE_OUTPUTS), dtype=torch.bfloat16)
+    out = rows.new_empty((*rows.shape[:-1], num_tiles * TILE_OUTPUTS))
     num_rows = rows.numel() // (2 * num_pairs)
     bias_address = 0 if bias is None else bias.data_ptr()
     with torch_threads():
@@ -60,8 +60,8 @@ def _check(rows: Tensor, tiles: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"rows {tuple(rows.shape)} do not fit weights of {shape}")
     if bias is not None and bias.shape != (shape[0] * TILE_OUTPUTS,):
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weights of {shape}")
-    if not tiles.is_contiguous():
-        raise ValueError("weights must be contiguous")
+    if not tiles.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        raise ValueError("weights and bias must be contiguous")
     for name, tensor in (("rows", rows), ("weights", tiles), ("bias", bias)):
         if tensor is not None and (tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu"):
             raise ValueError(f"{name} must be bfloat16 on a CPU, got {tensor.dtype} on {tensor.device}")

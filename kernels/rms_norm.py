@@ -34,7 +34,8 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
             f"rows {tuple(rows.shape)} in {rows.dtype} do not fit a weight {tuple(weight.shape)} in {weight.dtype}, "
             f"or are not of {MAX_LANES} x n numbers"
         )
-    rows, out = rows.contiguous(), torch.empty(rows.shape, dtype=rows.dtype)
+    rows, weight = rows.contiguous(), weight.contiguous()
+    out = torch.empty_like(rows)
     with torch_threads():
         _normalise(rows.data_ptr(), weight.data_ptr(), out.data_ptr(), rows.numel() // width, width, np.float32(eps))
     return out

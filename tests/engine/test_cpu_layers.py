@@ -56,6 +56,30 @@ def test_norms_like_llamas_are_fused_and_answers_stay() -> None:
 
 
 @needs_bfloat16
+def test_gradients_pass_a_fused_norm_because_exit_heads_are_refined_through_it() -> None:
+    model = wide_llama()
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    expected = torch.autograd.grad(model.model.norm(states).square().sum(), states)[0]
+    assert fuse_norms(model) == 5
+    assert isinstance(model.model.norm, FusedRMSNorm)
+    actual = torch.autograd.grad(model.model.norm(states).square().sum(), states)[0]
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+@needs_bfloat16
+def test_what_is_only_called_a_norm_stays() -> None:
+    class PairRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(16).bfloat16()), 1e-5
+
+        def forward(self, rows: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return rows * gate
+
+    assert fuse_norms(nn.Sequential(PairRMSNorm())) == 0
+
+
+@needs_bfloat16
 def test_norms_that_scale_otherwise_or_do_not_fit_are_left_alone() -> None:
     assert fuse_norms(build_tiny_model("gemma2").to(torch.bfloat16)) == 0, "gemma's weight is one less than its factor"
     assert fuse_norms(wide_llama(hidden_size=40, num_attention_heads=4)) == 0, "vectors hold 16 numbers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tide_kernels.rms_norm import rms_norm
+from tide_kernels.rms_norm import rms_norm, rms_norm_reference
 from tide_kernels.vectors import MAX_LANES
 
 PROBE_ROWS = 64
@@ -23,6 +23,9 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., D]``."""
+        # Exit heads are refined through the final norm, and the kernel has no gradient.
+        if rows.dtype != self.weight.dtype or (torch.is_grad_enabled() and rows.requires_grad):
+            return rms_norm_reference(rows, self.weight, self.eps)
         return rms_norm(rows, self.weight, self.eps)
 
 
@@ -51,7 +54,13 @@ def _fused(module: nn.Module) -> FusedRMSNorm | None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(PROBE_ROWS, len(weight), generator=generator) * torch.logspace(-4, 3, PROBE_ROWS)[:, None]
     with torch.inference_mode():
-        expected, actual = module(rows.to(torch.bfloat16)), fused(rows.to(torch.bfloat16))
+        try:
+            expected = module(rows.to(torch.bfloat16))
+        except Exception:  # a model's own code, of which only the name is known: then it stays
+            return None
+        if not isinstance(expected, Tensor):
+            return None
+        actual = fused(rows.to(torch.bfloat16))
         is_same = actual.dtype == expected.dtype and float((actual != expected).float().mean()) <= MAX_DIFFERING
         is_same = is_same and torch.allclose(actual.float(), expected.float(), rtol=2**-7, atol=1e-30)
     return fused if is_same else None
