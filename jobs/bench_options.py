@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,8 +58,16 @@ def parse_shares(name: str, text: str) -> list[float]:
     return shares
 
 
-def finish(facts: dict[str, Any], output: str | None) -> None:
-    """The file if one is asked for, and the last line."""
+def finish(
+    benchmark: str,
+    machine: dict[str, Any],
+    measured: dict[str, Any],
+    show: Callable[[dict[str, Any]], None],
+    output: str | None,
+) -> None:
+    """The tables, the file if one is asked for, and the last line."""
+    facts = {"benchmark": benchmark, **machine, **measured}
+    show(facts)
     if output is not None:
         _write(Path(output), json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))

@@ -6,7 +6,6 @@ and OpenVINO GenAI where it is installed: each at several batch sizes, of which 
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from functools import partial
 from importlib.metadata import version
@@ -14,18 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_contenders import Contender, engine_answers, hf_contenders
-from bench_hf import static_batches
+from bench_contenders import (
+    BY_LENGTH,
+    HF,
+    OURS,
+    Contender,
+    agreement,
+    engine_contenders,
+    engine_settings,
+    hf_contenders,
+    take_turns,
+    warm_engines,
+    workload_facts,
+)
 from bench_openvino import OpenVinoPipeline, is_installed
 from bench_roofline import roofline
-from bench_throughput import KV_MEMORY_FRACTION, agreement
 from bench_workload import Workload
 
-from tide_ray import EngineConfig, TideEngine
 from tide_ray.models import LoadedModel, load
 from tide_ray.models.demo import unpack_demo_gguf
 
-OURS, WITH_EXITS, HF, OPENVINO = "tide_ray, full depth", "tide_ray, exits", "HF generate", "OpenVINO GenAI"
+WITH_EXITS, OPENVINO = "tide_ray, exits", "OpenVINO GenAI"
 
 
 def run_peers(
@@ -49,33 +57,20 @@ def run_peers(
     reference = load(workload.model, dtype=workload.dtype)
     prompts = workload.token_ids(reference)
     limits = roofline(reference, engine_seqs)
-    settings: dict[str, Any] = {
-        "dtype": workload.dtype,
-        "max_model_len": max(map(len, prompts)) + workload.max_tokens,
-        "num_threads": num_threads,
-        "kv_memory_fraction": KV_MEMORY_FRACTION,
-    }
-    contenders = _ours(workload, OURS, settings, engine_seqs)
+    settings = engine_settings(workload, prompts, num_threads)
+    contenders = engine_contenders(OURS, warm_engines(workload, settings, engine_seqs), workload)
     if checkpoint is not None:
-        contenders += _ours(workload, WITH_EXITS, {**settings, "exits": checkpoint}, engine_seqs)
+        with_exits = warm_engines(workload, {**settings, "exits": checkpoint}, engine_seqs)
+        contenders += engine_contenders(WITH_EXITS, with_exits, workload)
     contenders += hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
     with tempfile.TemporaryDirectory() as scratch:
         contenders += _openvino(reference, workload, prompts, gguf, Path(scratch), engine_seqs, num_threads)
-    static_batches(reference, prompts[:4], 4, 4, False)
-    for _ in range(rounds):
-        for contender in contenders:
-            torch.set_num_threads(num_threads)  # the contender before may have left another number
-            contender.measure()
+    take_turns(contenders, rounds, num_threads)
     best = _best(contenders)
     ours, base = best[OURS], best[HF].tokens_per_second
     return {
         "rounds": rounds,
-        "model": workload.model,
-        "dtype": str(reference.dtype).removeprefix("torch."),
-        "prompts": len(prompts),
-        "sources": workload.sources,
-        "mean_prompt_tokens": round(statistics.mean(map(len, prompts)), 1),
-        "max_tokens": workload.max_tokens,
+        **workload_facts(workload, reference, prompts),
         "checkpoint": checkpoint,
         "openvino": version("openvino-genai") if OPENVINO in best else None,
         "roofline": limits,
@@ -84,15 +79,6 @@ def run_peers(
         "roofline_share": round(ours.tokens_per_second / limits["tokens_per_second"][str(ours.batch_size)], 3),
         "agreement_with_hf": agreement(ours.answers, best[HF].answers),
     }
-
-
-def _ours(workload: Workload, name: str, settings: dict[str, Any], engine_seqs: list[int]) -> list[Contender]:
-    engines = [
-        TideEngine.from_pretrained(workload.model, EngineConfig(**settings, max_num_seqs=seqs)) for seqs in engine_seqs
-    ]
-    for engine in engines:
-        engine.warm_up()
-    return [Contender(name, engine.max_num_seqs, partial(engine_answers, engine, workload)) for engine in engines]
 
 
 def _openvino(
@@ -124,7 +110,7 @@ def _best(contenders: list[Contender]) -> dict[str, Contender]:
     """Everyone's fastest batch size; sorting by length counts as a way to run HF ``generate``."""
     best: dict[str, Contender] = {}
     for contender in contenders:
-        name = contender.name.removesuffix(", sorted by length")
+        name = contender.name.removesuffix(BY_LENGTH)
         if name not in best or contender.tokens_per_second > best[name].tokens_per_second:
             best[name] = contender
     return best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench_contenders import OURS
 from rich.console import Console
 from rich.table import Table
 
@@ -47,9 +48,7 @@ def print_peers_report(facts: dict[str, Any]) -> None:
         f"GFLOP/s: at most {rates} resident sequences; reached {facts['roofline_share']:.0%}, prompts included"
     )
     console.print(_contenders(facts, "everyone, in turn"))
-    ratios = ", ".join(
-        f"{ratio:.2f} x {name}" for name, ratio in facts["ratios"].items() if name != "tide_ray, full depth"
-    )
+    ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in facts["ratios"].items() if name != OURS)
     console.print(f"full depth, each at its best batch size: {ratios}")
     _print_agreement(console, facts)
 

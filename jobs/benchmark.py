@@ -94,9 +94,7 @@ def throughput(
             with_hf_continuous=hf_continuous,
             with_ray=ray,
         )
-    facts = {"benchmark": "throughput", **machine, **measured}
-    print_report(facts)
-    finish(facts, output)
+    finish("throughput", machine, measured, print_report, output)
 
 
 @app.command()
@@ -132,9 +130,7 @@ def peers(
             num_threads=machine["num_threads"],
             with_hf_continuous=hf_continuous,
         )
-    facts = {"benchmark": "peers", **machine, **measured}
-    print_peers_report(facts)
-    finish(facts, output)
+    finish("peers", machine, measured, print_peers_report, output)
 
 
 @app.command()
@@ -171,9 +167,7 @@ def depth(
             tokens=tokens,
             num_threads=machine["num_threads"],
         )
-    facts = {"benchmark": "depth", **machine, **measured}
-    print_depth_report(facts)
-    finish(facts, output)
+    finish("depth", machine, measured, print_depth_report, output)
 
 
 @app.command()
@@ -211,9 +205,7 @@ def exits(
             num_threads=machine["num_threads"],
             max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
         )
-    facts = {"benchmark": "exits", **machine, **measured}
-    print_exits_report(facts)
-    finish(facts, output)
+    finish("exits", machine, measured, print_exits_report, output)
 
 
 @app.command()
@@ -245,9 +237,7 @@ def quality(
             tail=parse_positive("tail", tail),
             num_threads=machine["num_threads"],
         )
-    facts = {"benchmark": "quality", **machine, **measured}
-    print_quality_report(facts)
-    finish(facts, output)
+    finish("quality", machine, measured, print_quality_report, output)
 
 
 @app.command()
@@ -277,9 +267,7 @@ def calibration(
             epochs=parse_positive("epochs", epochs),
             num_threads=machine["num_threads"],
         )
-    facts = {"benchmark": "calibration", **machine, **measured}
-    print_calibration_report(facts)
-    finish(facts, output)
+    finish("calibration", machine, measured, print_calibration_report, output)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -33,13 +32,12 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return decorate
 
 
-@contextmanager
-def torch_threads() -> Iterator[None]:
-    """Launch parallel kernels with as many threads as this thread's torch has, and leave torch with as many."""
+def launch(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a parallel kernel with as many threads as this thread's torch has, and leave torch with as many."""
     num_threads = torch.get_num_threads()
     numba.set_num_threads(max(1, min(num_threads, config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
     try:
-        yield
+        kernel(*arguments)
     finally:
         if torch.get_num_threads() != num_threads:  # Numba's first launch sets OpenMP's default to all cores
             torch.set_num_threads(num_threads)

@@ -14,7 +14,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from tide_kernels.cpu import jit, torch_threads
+from tide_kernels.cpu import jit, launch
 from tide_kernels.vectors import TILE_OUTPUTS, multiply_tile
 
 MAX_ROWS_AT_ONCE = 4
@@ -41,8 +41,8 @@ def few_rows_linear(rows: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
     out = rows.new_empty((*rows.shape[:-1], num_tiles * TILE_OUTPUTS))
     num_rows = rows.numel() // (2 * num_pairs)
     bias_address = 0 if bias is None else bias.data_ptr()
-    with torch_threads():
-        _multiply(rows.data_ptr(), tiles.data_ptr(), bias_address, out.data_ptr(), num_rows, num_pairs, num_tiles)
+    addresses = rows.data_ptr(), tiles.data_ptr(), bias_address, out.data_ptr()
+    launch(_multiply, *addresses, num_rows, num_pairs, num_tiles)
     return out
 
 

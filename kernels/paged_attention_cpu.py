@@ -13,7 +13,7 @@ import torch
 from numba import float32, prange
 from torch import Tensor
 
-from tide_kernels.cpu import as_words, jit, torch_threads
+from tide_kernels.cpu import as_words, jit, launch
 from tide_kernels.vectors import (
     add_weighted_tokens,
     exponentiate,
@@ -146,15 +146,15 @@ def cpu_decode_attention(
     num_heads, head_dim = query.shape[1:]
     _, kv_heads, page_size, _ = key_pages.shape
     kernel = _kernel(head_dim, num_heads // kv_heads, page_size, query.element_size())
-    with torch_threads():
-        kernel(
-            as_words(query.float() * scale),
-            as_words(key_pages),
-            as_words(value_pages),
-            out.numpy(),
-            as_words(page_table),
-            as_words(lengths),
-            np.float32(softcap),
-            window,
-        )
+    launch(
+        kernel,
+        as_words(query.float() * scale),
+        as_words(key_pages),
+        as_words(value_pages),
+        out.numpy(),
+        as_words(page_table),
+        as_words(lengths),
+        np.float32(softcap),
+        window,
+    )
     return out.to(query.dtype)

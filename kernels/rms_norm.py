@@ -14,7 +14,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from tide_kernels.cpu import jit, torch_threads
+from tide_kernels.cpu import jit, launch
 from tide_kernels.vectors import MAX_LANES, scale_twice, sum_of_squares
 
 
@@ -36,8 +36,8 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         )
     rows, weight = rows.contiguous(), weight.contiguous()
     out = torch.empty_like(rows)
-    with torch_threads():
-        _normalise(rows.data_ptr(), weight.data_ptr(), out.data_ptr(), rows.numel() // width, width, np.float32(eps))
+    addresses = rows.data_ptr(), weight.data_ptr(), out.data_ptr()
+    launch(_normalise, *addresses, rows.numel() // width, width, np.float32(eps))
     return out
 
 

@@ -43,12 +43,14 @@ def fuse_norms(model: nn.Module) -> int:
 
 def _fused(module: nn.Module) -> FusedRMSNorm | None:
     """A replacement for ``module``, or None: not all that is called RMSNorm has the weight and roundings of LLaMA's."""
-    if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+    if isinstance(module, FusedRMSNorm) or not type(module).__name__.endswith("RMSNorm"):
+        return None
+    if list(module._parameters) != ["weight"]:
         return None
     weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dtype != torch.bfloat16 or not isinstance(eps, float):
         return None
-    if weight.ndim != 1 or len(weight) % MAX_LANES or type(module).forward is FusedRMSNorm.forward:
+    if weight.ndim != 1 or len(weight) % MAX_LANES:
         return None
     fused = FusedRMSNorm(weight, eps)
     generator = torch.Generator().manual_seed(0)
