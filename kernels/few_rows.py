@@ -15,7 +15,7 @@ from numba import prange
 from torch import Tensor
 
 from tide_kernels.cpu import jit, launch
-from tide_kernels.vectors import TILE_OUTPUTS, multiply_tile
+from tide_kernels.layer_vectors import TILE_OUTPUTS, multiply_tile
 
 MAX_ROWS_AT_ONCE = 4
 """Rows that share what is read; their sums fill half of the vector registers."""

@@ -14,7 +14,7 @@ from numba import float32, prange
 from torch import Tensor
 
 from tide_kernels.cpu import as_words, jit, launch
-from tide_kernels.vectors import (
+from tide_kernels.attention_vectors import (
     add_weighted_tokens,
     exponentiate,
     raise_to,

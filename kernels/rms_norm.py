@@ -15,7 +15,8 @@ from numba import prange
 from torch import Tensor
 
 from tide_kernels.cpu import jit, launch
-from tide_kernels.vectors import MAX_LANES, scale_twice, sum_of_squares
+from tide_kernels.layer_vectors import scale_twice, sum_of_squares
+from tide_kernels.vectors import MAX_LANES
 
 
 def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:

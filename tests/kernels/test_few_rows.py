@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tide_kernels.few_rows import few_rows_linear, few_rows_linear_reference
-from tide_kernels.vectors import TILE_OUTPUTS
+from tide_kernels.layer_vectors import TILE_OUTPUTS
 
 ULP = 2.0**-8
 """Half of the distance between neighbouring bfloat16 numbers, relative: how far rounding may be off."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tide_kernels.few_rows import few_rows_linear
-from tide_kernels.vectors import TILE_OUTPUTS
+from tide_kernels.layer_vectors import TILE_OUTPUTS
 
 FEW_ROWS = 4
 """Rows up to which reading the weights takes longer than multiplying them."""
