@@ -9,39 +9,26 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 
 from tide_kernels.vectors import (
-    FLOAT,
-    MAX_LANES,
     MAY_FUSE,
     code_for_constants,
+    exponential,
+    in_every_lane,
+    lanes_for,
     load,
     load_everywhere,
     multiply_add,
     prefetch,
     store,
+    store_as,
     sum_lanes,
     values_of,
 )
 
 MAX_TOKENS = 16
-LOG2_E, LN2_PARTS = 1.44269504088896341, (0.693359375, -2.12194440e-4)
-EXP_POLYNOMIAL = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
-
-
-def lanes_for(width: int) -> int:
-    """Lanes of the vectors that rows of ``width`` numbers are cut into."""
-    return math.gcd(width, MAX_LANES)
 
 
 def tokens_for(page_size: int) -> int:
@@ -143,31 +130,48 @@ def raise_to(_context, maxima, numbers, num):  # type: ignore[no-untyped-def]
 def exponentiate(_context, numbers, sums, top, num):  # type: ignore[no-untyped-def]
     """Put exp(x - top) in the place of ``num`` (a constant) numbers x <= top, and add them to as many sums.
 
-    Addresses of float32, of a single one for ``top``. Below -87 it gives exp(-87), about 1e-38. exp(x) = 2^n exp(r)
-    with Cephes' single-precision polynomial (expf.c), good to 2 ulp.
+    Addresses of float32, of a single one for ``top``. Below -87 it gives exp(-87), about 1e-38.
     """
     lanes = num.literal_value
-    floats, ints = ir.VectorType(FLOAT, lanes), ir.VectorType(ir.IntType(32), lanes)
-
-    def constant(value: float) -> Any:
-        return ir.Constant(floats, [float(np.float32(value))] * lanes)
 
     def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
         number_address, sum_address, top_address = arguments[:3]
         x = builder.fsub(load(builder, number_address, 0, lanes), load_everywhere(builder, top_address, 0, lanes))
-        x = builder.select(builder.fcmp_ordered("<", x, constant(-87.0)), constant(-87.0), x)
-        n = builder.fptosi(builder.fadd(builder.fmul(x, constant(LOG2_E)), constant(-0.5)), ints)
-        z = builder.sitofp(n, floats)
-        for part in LN2_PARTS:
-            x = multiply_add(builder, z, constant(-part), x)
-        y = constant(EXP_POLYNOMIAL[0])
-        for coefficient in EXP_POLYNOMIAL[1:]:
-            y = multiply_add(builder, y, x, constant(coefficient))
-        y = builder.fadd(multiply_add(builder, builder.fmul(y, x), x, x), constant(1.0))
-        power = builder.shl(builder.add(n, ir.Constant(ints, [127] * lanes)), ir.Constant(ints, [23] * lanes))
-        result = builder.fmul(y, builder.bitcast(power, floats))
+        result = exponential(builder, x, lanes)
         store(builder, number_address, 0, result)
         store(builder, sum_address, 0, builder.fadd(load(builder, sum_address, 0, lanes), result))
         return context.get_dummy_value()
 
     return types.void(numbers, sums, top, num), codegen
+
+
+@code_for_constants
+def scale_queries(_context, rows, scaled, factor, num, item_bytes):  # type: ignore[no-untyped-def]
+    """``num`` numbers times a factor, into float32; ``num`` and ``item_bytes`` are constants."""
+    width, size = values_of(num, item_bytes)
+    lanes = lanes_for(width)
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        source, target, value = arguments[:3]
+        factors = in_every_lane(builder, value, lanes)
+        for first in range(0, width, lanes):
+            store(builder, target, first, builder.fmul(load(builder, source, first, lanes, size), factors))
+        return context.get_dummy_value()
+
+    return types.void(rows, scaled, factor, num, item_bytes), codegen
+
+
+@code_for_constants
+def store_scaled(_context, sums, out, factor, num, item_bytes):  # type: ignore[no-untyped-def]
+    """``num`` float32 times a factor, in the dtype of the output; ``num`` and ``item_bytes`` are constants."""
+    width, size = values_of(num, item_bytes)
+    lanes = lanes_for(width)
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        source, target, value = arguments[:3]
+        factors = in_every_lane(builder, value, lanes)
+        for first in range(0, width, lanes):
+            store_as(builder, target, first, builder.fmul(load(builder, source, first, lanes), factors), size)
+        return context.get_dummy_value()
+
+    return types.void(sums, out, factor, num, item_bytes), codegen

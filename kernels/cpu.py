@@ -1,4 +1,4 @@
-"""What Numba CPU kernels share: how they are compiled and launched, and how they see tensors.
+"""What Numba CPU kernels share: how they are compiled and launched, and what they ask of tensors.
 
 Threads come from Numba's OpenMP layer, which shares torch's OpenMP runtime: one pool, so the two never compete for
 cores.
@@ -6,18 +6,29 @@ cores.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 from numba import config, njit
 from torch import Tensor
 
 config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+PARALLEL_FROM = 2**14
+"""Numbers from which passing over them takes longer than waking the other threads."""
+
+
+@functools.cache
+def source_digest() -> str:
+    """SHA-256 of all kernel sources."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -25,9 +36,13 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
-            return njit(cache=True, **options)(function)
+            kernel = njit(cache=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache can be written, as in many containers
             return njit(**options)(function)
+        # Numba knows code on disk for stale by the kernel's own file, but what it calls lies in others.
+        file = kernel._cache._cache_file
+        file._source_stamp = file._source_stamp, source_digest()
+        return kernel
 
     return decorate
 
@@ -43,9 +58,12 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
             torch.set_num_threads(num_threads)
 
 
-def as_words(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory (a copy's, unless it is contiguous) as integers of the same size.
+def is_for_kernels(*tensors: Tensor) -> bool:
+    """Whether all tensors lie on a CPU in one dtype that CPU kernels take."""
+    dtype = tensors[0].dtype
+    return dtype in KERNEL_DTYPES and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
 
-    For kernels that copy, or take addresses, and so do not care what the bits mean; NumPy has no bfloat16.
-    """
-    return tensor.contiguous().view(_WORDS[tensor.element_size()]).numpy()
+
+def with_whole_heads(rows: Tensor) -> Tensor:
+    """``[N, H, d]`` whose heads lie one after another in every row; a copy where they do not."""
+    return rows if rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] else rows.contiguous()

@@ -6,9 +6,11 @@ only copy, so they agree bit for bit.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tide_kernels.cpu import as_words, jit
+from tide_kernels.cpu import jit, with_whole_heads
+from tide_kernels.vectors import copy_bytes, int64_at
 
 
 def write_kv(
@@ -32,15 +34,17 @@ def write_kv(
         )
     if not key.dtype == value.dtype == key_pages.dtype == value_pages.dtype:
         raise ValueError(f"dtypes differ: {key.dtype}, {value.dtype}, pages of {key_pages.dtype}, {value_pages.dtype}")
-    if key.device.type == "cpu" and key_pages.is_contiguous() and value_pages.is_contiguous():
-        _copy_rows(
-            as_words(key_pages),
-            as_words(value_pages),
-            page_numbers.numpy(),
-            offsets.numpy(),
-            as_words(key),
-            as_words(value),
-        )
+    if not page_numbers.dtype == offsets.dtype == torch.long:
+        raise ValueError(f"page_numbers and offsets must be long, got {page_numbers.dtype} and {offsets.dtype}")
+    is_on_cpu = all(t.device.type == "cpu" for t in (key, value, key_pages, page_numbers, offsets))
+    if is_on_cpu and key_pages.is_contiguous() and value_pages.is_contiguous():
+        key, value = with_whole_heads(key), with_whole_heads(value)
+        page_numbers, offsets = page_numbers.contiguous(), offsets.contiguous()
+        size, (num_heads, page_size, head_dim) = key.element_size(), key_pages.shape[1:]
+        pools = key_pages.data_ptr(), value_pages.data_ptr()
+        places = page_numbers.data_ptr(), offsets.data_ptr()
+        rows = key.data_ptr(), key.stride(0) * size, value.data_ptr(), value.stride(0) * size
+        copy_rows(*pools, *places, *rows, len(page_numbers), num_heads, page_size, head_dim * size)
     else:
         write_kv_reference(key_pages, value_pages, page_numbers, offsets, key, value)
 
@@ -54,12 +58,24 @@ def write_kv_reference(
 
 
 @jit(nogil=True, boundscheck=False)
-def _copy_rows(key_pages, value_pages, page_numbers, offsets, key, value):  # type: ignore[no-untyped-def]
-    num_heads, width = key.shape[1:]
-    for row in range(len(page_numbers)):
-        page, offset = page_numbers[row], offsets[row]
+def copy_rows(  # type: ignore[no-untyped-def]
+    key_pages,
+    value_pages,
+    page_numbers,
+    offsets,
+    keys,
+    key_step,
+    values,
+    value_step,
+    num_rows,
+    num_heads,
+    page_size,
+    size,
+):
+    """The kernel over addresses: steps are bytes from row to row, ``size`` the bytes of a head."""
+    for row in range(num_rows):
+        first = (int64_at(page_numbers, row) * num_heads * page_size + int64_at(offsets, row)) * size
         for head in range(num_heads):
-            for d in range(width):
-                key_pages[page, head, offset, d] = key[row, head, d]
-            for d in range(width):
-                value_pages[page, head, offset, d] = value[row, head, d]
+            place = first + head * page_size * size
+            copy_bytes(keys + row * key_step + head * size, key_pages + place, size)
+            copy_bytes(values + row * value_step + head * size, value_pages + place, size)

@@ -1,4 +1,4 @@
-"""Vector code of layers around attention, in bfloat16: products with packed weights, and norms."""
+"""Vector code of layers around attention: products with packed bfloat16 weights, norms, rotary, SiLU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from tide_kernels.vectors import (
     FLOAT,
     MAX_LANES,
     code_for_constants,
+    each_vector,
+    exponential,
     in_every_lane,
+    lanes_for,
     load,
     multiply_add,
     pointer,
-    round_to_bfloat16,
-    store_rounded,
+    rounded,
+    store_as,
     sum_lanes,
     values_of,
 )
@@ -77,9 +80,7 @@ def multiply_tile(_context, rows, weights, bias, out, row_bytes, out_bytes, num_
         for row in range(count):
             target = builder.add(out_address, builder.mul(out_step, out_step.type(row)))
             for vector in vectors:
-                store_rounded(
-                    builder, target, vector * lanes, round_to_bfloat16(builder, builder.load(sums[row][vector]), lanes)
-                )
+                store_as(builder, target, vector * lanes, builder.load(sums[row][vector]), 2)
         return context.get_dummy_value()
 
     arguments = (rows, weights, bias, out, row_bytes, out_bytes, num_pairs, num_rows)
@@ -87,39 +88,100 @@ def multiply_tile(_context, rows, weights, bias, out, row_bytes, out_bytes, num_
 
 
 @code_for_constants
-def sum_of_squares(_context, numbers, num_vectors):  # type: ignore[no-untyped-def]
-    """The sum of the squares of ``MAX_LANES * num_vectors`` bfloat16 numbers at an address, as float32."""
+def sum_of_squares(_context, numbers, num_vectors, item_bytes):  # type: ignore[no-untyped-def]
+    """The sum of the squares of ``MAX_LANES * num_vectors`` numbers at an address, as float32."""
+    (size,) = values_of(item_bytes)
 
     def codegen(_codegen_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
-        address, num = arguments
+        address, num = arguments[:2]
         total = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(FLOAT, MAX_LANES), None))
-        with cgutils.for_range(builder, num) as loop:
-            at = builder.add(address, builder.mul(loop.index, loop.index.type(MAX_LANES * 2)))
-            x = load(builder, at, 0, MAX_LANES, 2)
+        with each_vector(builder, num, size) as offset:
+            x = load(builder, builder.add(address, offset), 0, MAX_LANES, size)
             builder.store(multiply_add(builder, x, x, builder.load(total)), total)
         lanes = sum_lanes(builder, [builder.load(total)], MAX_LANES)
         return builder.extract_element(lanes, ir.IntType(32)(0))
 
-    return types.float32(numbers, num_vectors), codegen
+    return types.float32(numbers, num_vectors, item_bytes), codegen
 
 
 @code_for_constants
-def scale_twice(_context, numbers, weights, out, num_vectors, factor):  # type: ignore[no-untyped-def]
-    """``weights * (numbers * factor)``, rounded to bfloat16 after each product; addresses of bfloat16, a float32."""
+def scale_twice(_context, numbers, weights, out, num_vectors, factor, item_bytes):  # type: ignore[no-untyped-def]
+    """``weights * (numbers * factor)``, rounded to the dtype after each product; addresses, and a float32."""
+    (size,) = values_of(item_bytes)
 
     def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
-        number_address, weight_address, out_address, num, value = arguments
-        kind = ir.VectorType(FLOAT, MAX_LANES)
+        number_address, weight_address, out_address, num, value = arguments[:5]
         everywhere = in_every_lane(builder, value, MAX_LANES)
-        with cgutils.for_range(builder, num) as loop:
-            step = builder.mul(loop.index, loop.index.type(MAX_LANES * 2))
-            x, weight = (
-                load(builder, builder.add(start, step), 0, MAX_LANES, 2) for start in (number_address, weight_address)
-            )
-            bits = round_to_bfloat16(builder, builder.fmul(x, everywhere), MAX_LANES)
-            scaled = builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * MAX_LANES)), kind)
-            place = builder.add(out_address, step)
-            store_rounded(builder, place, 0, round_to_bfloat16(builder, builder.fmul(scaled, weight), MAX_LANES))
+        with each_vector(builder, num, size) as offset:
+            x = load(builder, builder.add(number_address, offset), 0, MAX_LANES, size)
+            weight = load(builder, builder.add(weight_address, offset), 0, MAX_LANES, size)
+            scaled = rounded(builder, builder.fmul(x, everywhere), MAX_LANES, size)
+            store_as(builder, builder.add(out_address, offset), 0, builder.fmul(scaled, weight), size)
         return context.get_dummy_value()
 
-    return types.void(numbers, weights, out, num_vectors, factor), codegen
+    return types.void(numbers, weights, out, num_vectors, factor, item_bytes), codegen
+
+
+@code_for_constants
+def add_numbers(_context, first, second, out, num_vectors, item_bytes):  # type: ignore[no-untyped-def]
+    """Sums of the numbers at two addresses, rounded to the dtype."""
+    (size,) = values_of(item_bytes)
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        *sources, target, num = arguments[:4]
+        with each_vector(builder, num, size) as offset:
+            a, b = (load(builder, builder.add(source, offset), 0, MAX_LANES, size) for source in sources)
+            store_as(builder, builder.add(target, offset), 0, builder.fadd(a, b), size)
+        return context.get_dummy_value()
+
+    return types.void(first, second, out, num_vectors, item_bytes), codegen
+
+
+@code_for_constants
+def silu_times(_context, gates, values, out, num_vectors, item_bytes):  # type: ignore[no-untyped-def]
+    """``silu(gates) * values`` with silu(x) = x / (1 + exp(-x)), rounded to the dtype after each step."""
+    (size,) = values_of(item_bytes)
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        gate_address, value_address, out_address, num = arguments[:4]
+        ones = ir.Constant(ir.VectorType(FLOAT, MAX_LANES), [1.0] * MAX_LANES)
+        with each_vector(builder, num, size) as offset:
+            gate = load(builder, builder.add(gate_address, offset), 0, MAX_LANES, size)
+            value = load(builder, builder.add(value_address, offset), 0, MAX_LANES, size)
+            decay = exponential(builder, builder.fneg(gate), MAX_LANES)
+            silu = rounded(builder, builder.fdiv(gate, builder.fadd(ones, decay)), MAX_LANES, size)
+            store_as(builder, builder.add(out_address, offset), 0, builder.fmul(silu, value), size)
+        return context.get_dummy_value()
+
+    return types.void(gates, values, out, num_vectors, item_bytes), codegen
+
+
+@code_for_constants
+def turn_halves(_context, head, cos, sin, half, item_bytes):  # type: ignore[no-untyped-def]
+    """Rotate one head of ``2 * half`` numbers in place, by tables of as many: channel i pairs with i + half.
+
+    The products are rounded to the dtype before they are added, as torch's are. ``half`` and ``item_bytes`` are
+    constants.
+    """
+    count, size = values_of(half, item_bytes)
+    lanes = lanes_for(count)
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        head_address, cos_address, sin_address = arguments[:3]
+
+        def product(a: Any, b: Any) -> Any:
+            return rounded(builder, builder.fmul(a, b), lanes, size)
+
+        for low in range(0, count, lanes):
+            high = low + count
+            x, y = (load(builder, head_address, at, lanes, size) for at in (low, high))
+            (cos_x, cos_y), (sin_x, sin_y) = (
+                [load(builder, table, at, lanes, size) for at in (low, high)] for table in (cos_address, sin_address)
+            )
+            turned_x = builder.fsub(product(x, cos_x), product(y, sin_x))
+            turned_y = builder.fadd(product(y, cos_y), product(x, sin_y))
+            store_as(builder, head_address, low, turned_x, size)
+            store_as(builder, head_address, high, turned_y, size)
+        return context.get_dummy_value()
+
+    return types.void(head, cos, sin, half, item_bytes), codegen

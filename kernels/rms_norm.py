@@ -1,11 +1,13 @@
-"""RMS normalisation (arXiv 1910.07467) of bfloat16 rows on a CPU, in one pass over memory instead of seven.
+"""RMS normalisation (arXiv 1910.07467) on a CPU in one pass over memory instead of seven, alone or after an addition.
 
 ``rms_norm`` is the Numba CPU kernel, ``rms_norm_reference`` the same in torch: what transformers' models compute, with
-their two roundings, of the normalised row and of its product with the weight.
+their two roundings, of the normalised row and of its product with the weight. ``add_rms_norm`` also adds what a part of
+a layer computed to the residual stream, and returns both.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,8 +16,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from tide_kernels.cpu import jit, launch
-from tide_kernels.layer_vectors import scale_twice, sum_of_squares
+from tide_kernels.cpu import PARALLEL_FROM, is_for_kernels, jit, launch
+from tide_kernels.layer_vectors import add_numbers, scale_twice, sum_of_squares
 from tide_kernels.vectors import MAX_LANES
 
 
@@ -23,23 +25,36 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * rows / sqrt(mean(rows ** 2) + eps)`` over the last dimension.
 
     Args:
-        rows: bfloat16 ``[..., D]``; D is a multiple of 16.
-        weight: bfloat16 ``[D]``.
+        rows: float32 or bfloat16 ``[..., D]``; D is a multiple of 16.
+        weight: ``[D]`` of the same dtype.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    width = rows.shape[-1]
-    if weight.shape != (width,) or width % MAX_LANES or not rows.dtype == weight.dtype == torch.bfloat16:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} in {rows.dtype} do not fit a weight {tuple(weight.shape)} in {weight.dtype}, "
-            f"or are not of {MAX_LANES} x n numbers"
-        )
+    _check(rows, weight)
     rows, weight = rows.contiguous(), weight.contiguous()
     out = torch.empty_like(rows)
-    addresses = rows.data_ptr(), weight.data_ptr(), out.data_ptr()
-    launch(_normalise, *addresses, rows.numel() // width, width, np.float32(eps))
+    _run(rows, 0, 0, weight, out, eps)
     return out
+
+
+def add_rms_norm(rows: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``total = rows + update`` and ``rms_norm(total)``.
+
+    Args:
+        rows, weight: as in ``rms_norm``.
+        update: like ``rows``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(rows, weight)
+    if update.shape != rows.shape or not is_for_kernels(rows, update):
+        raise ValueError(f"rows {tuple(rows.shape)} do not fit an update {tuple(update.shape)} in {update.dtype}")
+    rows, update, weight = rows.contiguous(), update.contiguous(), weight.contiguous()
+    total, out = torch.empty_like(rows), torch.empty_like(rows)
+    _run(rows, update.data_ptr(), total.data_ptr(), weight, out, eps)
+    return total, out
 
 
 def rms_norm_reference(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,16 +63,46 @@ def rms_norm_reference(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(rows.dtype)
 
 
-def _compiled() -> Callable[..., None]:
-    @jit(parallel=True, nogil=True, boundscheck=False, error_model="numpy")
-    def normalise(rows, weight, out, num_rows, width, eps):  # type: ignore[no-untyped-def]
+def add_rms_norm_reference(rows: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` in torch."""
+    total = rows + update
+    return total, rms_norm_reference(total, weight, eps)
+
+
+def _check(rows: Tensor, weight: Tensor) -> None:
+    width = rows.shape[-1]
+    if weight.shape != (width,) or width % MAX_LANES or not is_for_kernels(rows, weight):
+        raise ValueError(
+            f"rows {tuple(rows.shape)} in {rows.dtype} do not fit a weight {tuple(weight.shape)} in {weight.dtype}, "
+            f"or are not of {MAX_LANES} x n numbers"
+        )
+
+
+def _run(rows: Tensor, update: int, total: int, weight: Tensor, out: Tensor, eps: float) -> None:
+    width = rows.shape[-1]
+    sizes = rows.numel() // width, width, np.float32(eps)
+    arguments = rows.data_ptr(), update, total, weight.data_ptr(), out.data_ptr(), *sizes
+    if rows.numel() < PARALLEL_FROM:
+        normalise(rows.element_size(), is_parallel=False)(*arguments)
+    else:
+        launch(normalise(rows.element_size(), is_parallel=True), *arguments)
+
+
+@functools.cache
+def normalise(item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
+    """The kernel over addresses; an ``update`` of 0 adds nothing."""
+
+    @jit(parallel=is_parallel, nogil=True, boundscheck=False, error_model="numpy")
+    def normalise_rows(rows, update, total, weight, out, num_rows, width, eps):  # type: ignore[no-untyped-def]
+        num_vectors = width // MAX_LANES
         for row in prange(num_rows):
-            start = row * width * 2
-            mean = sum_of_squares(rows + start, width // MAX_LANES) / np.float32(width)
+            offset = row * width * item_bytes
+            source = rows + offset
+            if update != 0:
+                add_numbers(source, update + offset, total + offset, num_vectors, item_bytes)
+                source = total + offset
+            mean = sum_of_squares(source, num_vectors, item_bytes) / np.float32(width)
             factor = np.float32(1) / np.float32(math.sqrt(mean + eps))
-            scale_twice(rows + start, weight, out + start, width // MAX_LANES, factor)
+            scale_twice(source, weight, out + offset, num_vectors, factor, item_bytes)
 
-    return normalise
-
-
-_normalise = _compiled()
+    return normalise_rows

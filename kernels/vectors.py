@@ -4,16 +4,18 @@ Numba leaves vectorising to LLVM, which does well with plain loops but sums the 
 and leaves maxima and exponentials scalar. What is built here becomes straight-line code for its constant arguments, see
 ``attention_vectors`` and ``layer_vectors``. Addresses are integers (``array.ctypes.data``); bfloat16 is read as 16-bit
 patterns and widened.
-
-Numba keeps compiled kernels on disk until their own file changes: after an edit here, touch the files that import it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -22,9 +24,61 @@ FLOAT = ir.FloatType()
 FLOAT_BYTES = 4
 LINE_BYTES = 64
 MAY_FUSE = ("contract", "reassoc", "nsz")
+LOG2_E, LN2_PARTS = 1.44269504088896341, (0.693359375, -2.12194440e-4)
+EXP_RANGE = -87.0, 88.0
+EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 code_for_constants: Any = intrinsic(prefer_literal=True)
 """A function of an ``intrinsic`` that sees the values of arguments that are constants, see ``values_of``."""
+
+
+def lanes_for(width: int) -> int:
+    """Lanes of the vectors that rows of ``width`` numbers are cut into."""
+    return math.gcd(width, MAX_LANES)
+
+
+@code_for_constants
+def int32_at(_context, address, index):  # type: ignore[no-untyped-def]
+    """The ``index``-th int32 from an address on."""
+
+    def codegen(_codegen_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        start, number = arguments
+        place = builder.add(start, builder.mul(number, number.type(4)))
+        value = builder.load(pointer(builder, place, 0, ir.IntType(32)), align=4)
+        return builder.sext(value, ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@code_for_constants
+def int64_at(_context, address, index):  # type: ignore[no-untyped-def]
+    """The ``index``-th int64 from an address on."""
+
+    def codegen(_codegen_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        start, number = arguments
+        place = builder.add(start, builder.mul(number, number.type(8)))
+        return builder.load(pointer(builder, place, 0, ir.IntType(64)), align=8)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@code_for_constants
+def copy_bytes(_context, source, target, num_bytes):  # type: ignore[no-untyped-def]
+    """Copy between addresses that do not overlap."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[Any]) -> Any:
+        from_, to = (pointer(builder, address, 0, ir.IntType(8)) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, to, from_, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def values_of(*constants: Any) -> tuple[int, ...]:
@@ -90,6 +144,52 @@ def round_to_bfloat16(builder: ir.IRBuilder, values: Any, lanes: int) -> Any:
 def store_rounded(builder: ir.IRBuilder, address: Any, number: int, bits: Any) -> None:
     halves = ir.VectorType(ir.IntType(16), bits.type.count)
     builder.store(builder.trunc(bits, halves), pointer(builder, address, number * 2, halves), align=2)
+
+
+def rounded(builder: ir.IRBuilder, values: Any, lanes: int, item_bytes: int) -> Any:
+    """float32 as they come back from memory that holds ``item_bytes`` for each: rounded to bfloat16, or as they are."""
+    if item_bytes == FLOAT_BYTES:
+        return values
+    bits = round_to_bfloat16(builder, values, lanes)
+    return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * lanes)), values.type)
+
+
+def store_as(builder: ir.IRBuilder, address: Any, number: int, values: Any, item_bytes: int) -> None:
+    """Store float32 as they are, or rounded to bfloat16 where ``item_bytes`` is 2."""
+    if item_bytes == FLOAT_BYTES:
+        store(builder, address, number, values)
+    else:
+        store_rounded(builder, address, number, round_to_bfloat16(builder, values, values.type.count))
+
+
+@contextmanager
+def each_vector(builder: ir.IRBuilder, num_vectors: Any, item_bytes: int) -> Iterator[Any]:
+    """A loop over vectors of MAX_LANES numbers that lie one after another; yields the byte offset of each."""
+    with cgutils.for_range(builder, num_vectors) as loop:
+        yield builder.mul(loop.index, loop.index.type(MAX_LANES * item_bytes))
+
+
+def exponential(builder: ir.IRBuilder, x: Any, lanes: int) -> Any:
+    """exp(x) = 2^n exp(r) with Cephes' single-precision polynomial (expf.c), good to 2 ulp; x is cut to EXP_RANGE."""
+    floats, ints = x.type, ir.VectorType(ir.IntType(32), lanes)
+
+    def constant(value: float) -> Any:
+        return ir.Constant(floats, [float(np.float32(value))] * lanes)
+
+    low, high = map(constant, EXP_RANGE)
+    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+    half = builder.select(builder.fcmp_ordered("<", x, constant(0.0)), constant(-0.5), constant(0.5))
+    n = builder.fptosi(builder.fadd(builder.fmul(x, constant(LOG2_E)), half), ints)  # which cuts towards zero
+    z = builder.sitofp(n, floats)
+    for part in LN2_PARTS:
+        x = multiply_add(builder, z, constant(-part), x)
+    y = constant(EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
+        y = multiply_add(builder, y, x, constant(coefficient))
+    y = builder.fadd(multiply_add(builder, builder.fmul(y, x), x, x), constant(1.0))
+    power = builder.shl(builder.add(n, ir.Constant(ints, [127] * lanes)), ir.Constant(ints, [23] * lanes))
+    return builder.fmul(y, builder.bitcast(power, floats))
 
 
 def multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:

@@ -1,13 +1,17 @@
-"""How CPU kernels are compiled and see tensors."""
+"""How CPU kernels are compiled and what they ask of tensors."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numba import config
 from numba.core.caching import CacheImpl
 
-from tide_kernels.cpu import as_words, jit
+from tide_kernels import cpu
+from tide_kernels.cpu import jit, with_whole_heads
 
 
 def test_a_kernel_compiles_where_compiled_code_can_be_kept_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,11 +28,27 @@ def test_a_kernel_compiles_where_compiled_code_can_be_kept_nowhere(monkeypatch: 
     assert numbers.tolist() == [0, 2, 4]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
-def test_words_are_the_memory_itself_or_a_copy_in_order(dtype: torch.dtype) -> None:
-    tensor = torch.arange(6).to(dtype).view(2, 3)
-    words = as_words(tensor)
-    assert words.shape == (2, 3)
-    words[0, 1] = 0
-    assert tensor[0, 1] == 0
-    assert np.array_equal(as_words(tensor.T), words.T)
+def test_code_on_disk_is_stale_once_any_kernel_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel was not compiled again after an edit to the vector code that it calls in another file."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def misses() -> int:
+        @jit()
+        def add_one(number):  # type: ignore[no-untyped-def]
+            return number + 1
+
+        assert add_one(1) == 2
+        return sum(add_one.stats.cache_misses.values())
+
+    assert [misses(), misses()] == [1, 0]
+    monkeypatch.setattr(cpu, "source_digest", lambda: "of edited files")
+    assert [misses(), misses()] == [1, 0]
+
+
+def test_heads_of_a_row_are_copied_only_where_they_do_not_lie_together() -> None:
+    rows = torch.arange(2 * 3 * 8).view(2, 24)
+    wide = rows[:, :16].unflatten(1, (2, 8))  # as queries lie in a joint projection
+    assert with_whole_heads(wide).data_ptr() == rows.data_ptr()
+    apart = rows.view(3, 2, 8).transpose(0, 1)
+    assert with_whole_heads(apart).is_contiguous()
+    assert torch.equal(with_whole_heads(apart), apart)
