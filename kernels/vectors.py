@@ -8,6 +8,7 @@ patterns and widened.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from llvmlite.binding import get_host_cpu_features
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -194,6 +196,46 @@ def exponential(builder: ir.IRBuilder, x: Any, lanes: int) -> Any:
 
 def multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(c, builder.fmul(a, b, flags=MAY_FUSE), flags=MAY_FUSE)
+
+
+class _BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+@functools.cache
+def compiles_for(feature: str) -> bool:
+    """Whether the CPU that kernels are compiled for has a feature, in LLVM's names."""
+    is_host = config.CPU_NAME is None and config.CPU_FEATURES is None  # type: ignore[attr-defined]
+    return is_host and bool(get_host_cpu_features().get(feature))
+
+
+def has_pair_products() -> bool:
+    """Whether pairs of bfloat16 are multiplied and added in one instruction."""
+    return compiles_for("avx512bf16")
+
+
+def add_pair_products(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+    """``total + a_low * b_low + a_high * b_high`` for MAX_LANES pairs of bfloat16, each pair a 32-bit pattern."""
+    if has_pair_products():
+        pairs = ir.VectorType(_BFloat16(), 2 * MAX_LANES)
+        kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
+        product = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return builder.call(product, [total, builder.bitcast(a, pairs), builder.bitcast(b, pairs)])
+    sixteen, high = (ir.Constant(a.type, [value] * MAX_LANES) for value in (16, 0xFFFF0000))
+    for cut in (lambda pairs: builder.shl(pairs, sixteen), lambda pairs: builder.and_(pairs, high)):
+        total = multiply_add(builder, builder.bitcast(cut(a), total.type), builder.bitcast(cut(b), total.type), total)
+    return total
 
 
 def sum_lanes(builder: ir.IRBuilder, vectors: list[Any], lanes: int) -> Any:

@@ -11,6 +11,7 @@ POLICIES = ("auto", "full", "static", "router", "confidence", "capacity", "posth
 KV_POLICIES = ("fitted", "copy", "deferred", "full")
 MEASURES = ("probability", "margin", "entropy")
 EXITS_WHEN = ("pays", "always")
+COMPILE = ("auto", "off")
 DEFAULT_EXIT_ERROR = 0.02
 
 
@@ -49,6 +50,8 @@ class EngineConfig:
         exit_layer: static: every token stops at this depth.
         skip_layers: static: layers that no token runs.
         static_cost: static: share of layers to keep, in (0, 1]; the rest is skipped evenly (arXiv 2404.06954).
+        compile: ``auto``: layers that are known run through compiled kernels where there are some, the others through
+            their own code; ``off``: all layers run their own code.
         num_threads: CPU threads; None keeps torch's choice.
         seed: base of the seeds of sampled requests that bring none.
         selfcheck: compare with the model's own forward at load, and refuse a model that differs.
@@ -77,6 +80,7 @@ class EngineConfig:
     exit_layer: int | None = None
     skip_layers: tuple[int, ...] = ()
     static_cost: float | None = None
+    compile: str = "auto"
     num_threads: int | None = None
     seed: int = 0
     selfcheck: bool = True
@@ -87,6 +91,7 @@ class EngineConfig:
         for name, known in (
             ("policy", POLICIES),
             ("exits_when", EXITS_WHEN),
+            ("compile", COMPILE),
             ("confidence_measure", MEASURES),
         ):
             if getattr(self, name) not in known:

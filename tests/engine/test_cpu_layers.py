@@ -9,7 +9,7 @@ from torch import nn
 from references import loaded
 from tide_ray import EngineConfig, TideEngine
 from tide_ray.models.fused_norm import FusedRMSNorm, fuse_norms
-from tide_ray.models.packed_linear import FEW_ROWS, PackedLinear, can_pack
+from tide_ray.models.packed_linear import DECODE_ROWS, PackedLinear, can_pack
 from tiny_models import build_tiny_model
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -28,7 +28,7 @@ def wide_llama(**changes: int) -> nn.Module:
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("num_rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("num_rows", [1, DECODE_ROWS, DECODE_ROWS + 1])
 @pytest.mark.parametrize("num_outputs", [128, 100])
 def test_packed_layers_compute_the_same_with_few_rows_and_with_many(num_outputs: int, num_rows: int) -> None:
     torch.manual_seed(0)
@@ -40,8 +40,8 @@ def test_packed_layers_compute_the_same_with_few_rows_and_with_many(num_outputs:
 
 @needs_bfloat16
 def test_weights_are_read_where_they_lie_only_in_the_layout_that_is_known() -> None:
-    assert PackedLinear(nn.Linear(96, 128).bfloat16())._tiles is not None
-    assert PackedLinear(nn.Linear(96, 100).bfloat16())._tiles is None, "oneDNN pads 100 outputs to 128"
+    assert PackedLinear(nn.Linear(96, 128).bfloat16()).tiled is not None
+    assert PackedLinear(nn.Linear(96, 100).bfloat16()).tiled is None, "oneDNN pads 100 outputs to 128"
 
 
 @needs_bfloat16
@@ -90,9 +90,11 @@ def test_norms_that_scale_otherwise_or_do_not_fit_are_left_alone() -> None:
 def test_an_engine_in_bfloat16_runs_them() -> None:
     model = wide_llama()
     engine = TideEngine(loaded(model), EngineConfig(dtype="bfloat16", max_model_len=32, max_num_seqs=2))
-    kinds = [type(module) for module in model.modules()]
+    kinds = [
+        type(module) for part in (model, *engine.runner.adapter.fused_layers.values()) for module in part.modules()
+    ]
     assert kinds.count(FusedRMSNorm) == 5
-    assert kinds.count(PackedLinear) == 15
+    assert kinds.count(PackedLinear) == 1 + 2 * 4, "the head, and of each layer QKV, output, gate and up, down"
     output = engine.generate([[1, 2, 3]])[0]
     assert output.error == ""
     assert len(output.outputs[0].token_ids) == 16

@@ -34,12 +34,12 @@ def generate(engine: TideEngine, prompts: list[list[int]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
-@pytest.mark.parametrize("holds", [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("holds", "compiled"), [((1, 1), "auto"), ((3, 2), "off")])
 def test_rows_through_every_layer_are_prompts_and_tokens_that_went_deeper(
-    prompts: list[list[int]], kv_policy: str, holds: tuple[int, int]
+    prompts: list[list[int]], kv_policy: str, holds: tuple[int, int], compiled: str
 ) -> None:
     model = build_tiny_model("llama")
-    engine = forced_engine(model, (1, 3), (0.4, 0.5), kv_policy=kv_policy, holds=holds)
+    engine = forced_engine(model, (1, 3), (0.4, 0.5), kv_policy=kv_policy, holds=holds, compile=compiled)
     seen = [0] * NUM_LAYERS
 
     def counter(layer: int) -> Any:
@@ -48,7 +48,10 @@ def test_rows_through_every_layer_are_prompts_and_tokens_that_went_deeper(
 
         return count
 
-    for layer, module in enumerate(engine.runner.adapter.layers):
+    adapter = engine.runner.adapter
+    assert len(adapter.fused_layers) == (NUM_LAYERS if compiled == "auto" else 0)
+    for layer, own in enumerate(adapter.layers):
+        module = adapter.fused_layers.get(layer, own)
         module.register_forward_pre_hook(counter(layer), with_kwargs=True)
     answers = generate(engine, prompts)
     depths = [depth for answer in answers for depth in answer.exit_layers[1:]]  # the first comes from the prompt

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from references import forward_logits
 from tide_ray import UserError
-from tide_ray.models.adapter import ATTENTION_NAME, Adapter, KVShape, RowCache
+from tide_ray.models.adapter import Adapter, KVShape
+from tide_ray.models.row_cache import ATTENTION_NAME, RowCache
 from tiny_models import TINY_ARCHITECTURES, VOCAB_SIZE, build_tiny_model
 
 IDS = torch.randint(3, VOCAB_SIZE, (20,), generator=torch.Generator().manual_seed(1))
@@ -23,18 +24,9 @@ class OneSequence(RowCache):
     """Attention over the rows of one sequence, in the plainest way; notes what each layer stores and asks for."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.stored: list[tuple[int, torch.Size, torch.Size]] = []
         self.asked: list[dict[str, Any]] = []
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.stored.append((layer_idx, key.shape, value.shape))

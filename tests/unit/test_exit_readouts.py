@@ -15,7 +15,8 @@ from tide_ray import EngineConfig, TideEngine, UserError
 from tide_ray.exits.checkpoint import FACTS_FILE, FINGERPRINT, WEIGHTS_FILE, Routers
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import CANDIDATES, find_rotary
-from tide_ray.models.adapter import Adapter, KeyValueTap
+from tide_ray.models.adapter import Adapter
+from tide_ray.models.row_cache import KeyValueTap
 from tiny_models import TINY_ARCHITECTURES, build_tiny_model
 
 LAYOUTS = {"gpt2": "none", "opt": "none"}

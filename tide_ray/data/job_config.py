@@ -23,7 +23,8 @@ SAMPLING_FIELDS = (
 ENGINE_FIELDS = (
     "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
     "policy", "exits", "exit_threshold", "exit_error", "exit_min_depth", "exits_when", "confidence_measure", "capacity",
-    "kv_policy", "prefill_share", "prefill_tail", "exit_layer", "skip_layers", "static_cost", "num_threads",
+    "kv_policy", "prefill_share", "prefill_tail", "exit_layer", "skip_layers", "static_cost", "compile",
+    "num_threads",
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ class GenerateJobConfig(BaseModel):
     exit_layer: int | None = Field(default=None, description="static: every token stops at this depth")
     skip_layers: list[int] = Field(default_factory=list, description="static: layers that no token runs")
     static_cost: float | None = Field(default=None, description="static: share of layers to keep, in (0, 1]")
+    compile: str = Field(default="auto", description="auto: known layers run as compiled kernels; off")
     num_threads: int | None = Field(default=None, description="CPU threads per actor")
 
     num_actors: int = Field(default=1, ge=1, description="engines, one Ray actor each")

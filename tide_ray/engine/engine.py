@@ -27,6 +27,7 @@ from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_norm import fuse_norms
+from tide_ray.models.layer_fusion import fuse_layers, use_decode_kernel
 from tide_ray.models.load import LoadedModel, load_as
 from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
@@ -39,8 +40,8 @@ class TideEngine:
     """One model with its K/V memory, generating for many requests at a time.
 
     Args:
-        model: what ``tide_ray.models.load`` returned. The engine takes over its attention and, on a CPU in bfloat16,
-            its linear layers' weights and its norms.
+        model: what ``tide_ray.models.load`` returned. The engine takes over its attention and, on a CPU, its linear
+            layers' weights and its norms.
         config: how to run it.
         routers: calibrated for this model, in place of the checkpoint that ``config.exits`` names.
 
@@ -53,14 +54,10 @@ class TideEngine:
         self.config = config = config or EngineConfig()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        if can_pack(model.device, model.dtype):
-            pack_linears(model.model)
-            fuse_norms(model.model)
+        adapter = _prepared(model, config)
         if model.device.type == "cpu":
             return_freed_memory()
             keep_freed_memory()
-        with torch.inference_mode():
-            adapter = Adapter(model.model)
         routers = load_routers(config, model, adapter) if routers is None else routers
         stages = plan_stages(config, adapter.num_layers, routers.depths if routers is not None else ())
         if config.selfcheck:
@@ -306,6 +303,21 @@ class TideEngine:
     def _next_seed(self) -> int:
         """A seed for a request that brings none: differs between requests, repeats with the engine's own seed."""
         return (self.config.seed << 32) + next(self._numbers)
+
+
+def _prepared(model: LoadedModel, config: EngineConfig) -> Adapter:
+    """The adapter, with the model's layers laid out for this machine."""
+    with torch.inference_mode():
+        fused = fuse_layers(Adapter(model.model)) if config.compile == "auto" else {}
+        if can_pack(model.device, model.dtype):
+            for module in (model.model, *fused.values()):
+                pack_linears(module)
+        use_decode_kernel(fused, config.page_size)
+        if config.compile == "auto":
+            fuse_norms(model.model)
+        adapter = Adapter(model.model)
+    adapter.fused_layers.update(fused)
+    return adapter
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

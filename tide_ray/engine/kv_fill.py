@@ -18,8 +18,9 @@ from tide_ray.engine.rows import RowBatch
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.readouts import kv_width
 from tide_ray.exits.rotary import Rotary, rotary_tables
-from tide_ray.models.adapter import Adapter, KeyValueTap
+from tide_ray.models.adapter import Adapter
 from tide_ray.models.layer_calls import LayerCall
+from tide_ray.models.row_cache import KeyValueTap
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache
 
+from tide_kernels.decoder_layer import Places
 from tide_kernels.paged_attention import paged_decode_attention
 from tide_ray.engine.kv_cache import KVCache
+from tide_ray.models.row_cache import RowCache
 
 
 @dataclass(slots=True)
@@ -155,21 +156,14 @@ def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device) -
     )
 
 
-class LaunchCache(Cache):
-    """The cache object of one launch: writes the rows' K/V to their pages and attends over their sequences.
-
-    Being a transformers ``Cache`` only satisfies type checks in modelling code; no K/V passes through its base class.
-    """
+class LaunchCache(RowCache):
+    """The cache object of one launch: writes the rows' K/V to their pages and attends over their sequences."""
 
     def __init__(self, pools: KVCache, rows: RowBatch) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self._pools = pools
         self._rows = rows
         self._layer = -1
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No past as far as the model's own code is concerned: positions are always given."""
-        return 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -178,6 +172,19 @@ class LaunchCache(Cache):
         self._pools.write(layer_idx, rows.write_pages, rows.write_offsets, key, value)
         self._layer = layer_idx
         return key_states, value_states
+
+    def decode_places(self, layer: int) -> Places | None:
+        rows, pools = self._rows, self._pools
+        if rows.chunks:
+            return None
+        return Places(
+            pools.key_pools[layer],
+            pools.value_pools[layer],
+            rows.write_pages,
+            rows.write_offsets,
+            rows.decode_pages,
+            rows.decode_lengths,
+        )
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tide_ray.config import EngineConfig
-from tide_ray.models.adapter import Adapter, RowCache
+from tide_ray.models.adapter import Adapter
 from tide_ray.models.layer_calls import LayerCall
+from tide_ray.models.row_cache import RowCache
 from tide_ray.types import UserError
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tide_ray.models.adapter import Adapter, KeyValueTap
+from tide_ray.models.adapter import Adapter
 from tide_ray.models.layer_calls import LayerCall
+from tide_ray.models.row_cache import KeyValueTap
 
 PROBE_POSITION = 11
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}

@@ -18,19 +18,22 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from tide_ray.models.layer_calls import LayerCall, are_alike, selected_calls
+from tide_ray.models.row_cache import (
+    ATTENTION_NAME,
+    ROWS_ARGUMENT,
+    DirectAttention,
+    KeyValueTap,
+    LayerStopped,
+    RowCache,
+)
 from tide_ray.types import UserError
-
-ATTENTION_NAME = "tide_ray"
-ROWS_ARGUMENT = "tide_cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,84 +76,6 @@ class _FixedBackbone(nn.Module):
         return self._output_type(last_hidden_state=self.states)
 
 
-class RowCache(Protocol):
-    """What a layer is given in place of a key/value cache: it stores the rows' K/V and attends for them."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store K/V ``[1, H_kv, N, d]`` of the rows for one layer and return them."""
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
-    ) -> Tensor:
-        """Attention of the rows over their sequences in the layer stored last: ``[1, H, N, d]`` -> ``[1, N, H, d]``."""
-
-
-class _LayerStopped(Exception):
-    """Leaves a layer once its K/V are known."""
-
-
-class KeyValueTap(Cache):
-    """A row cache that keeps the K/V a layer would store, and ends the layer there."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.key_value: tuple[Tensor, Tensor] | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.key_value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
-        return key_states, value_states
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
-    ) -> Tensor:
-        raise _LayerStopped
-
-
-class _DirectAttention(TorchFunctionMode):
-    """Sends torch's scaled_dot_product_attention to ours, for models that call it without the attention interface."""
-
-    def __init__(self, cache: RowCache) -> None:
-        super().__init__()
-        self._cache = cache
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        out = self._cache.attend(*args[:3], scale=kwargs.get("scale"), softcap=0.0, window=0)
-        return out.transpose(1, 2)
-
-
-def _interface_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function that transformers' attention interface calls from inside a layer."""
-    if kwargs.get("s_aux") is not None:
-        raise UserError(f"model: {type(module).__name__} uses attention sinks, which are not supported")
-    cache: RowCache = kwargs[ROWS_ARGUMENT]
-    out = cache.attend(query, key, value, scale=scaling, softcap=softcap or 0.0, window=sliding_window or 0)
-    return out, None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _interface_attention)
-
-
 def _shadow(module: nn.Module, **replaced: nn.Module) -> nn.Module:
     """A copy of ``module`` that shares every parameter and submodule but the replaced ones."""
     shadow = copy.copy(module)
@@ -184,6 +109,9 @@ class Adapter:
         self.num_layers = len(self.layers)
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        self.fused_layers: dict[
+            int, Callable[[Tensor, LayerCall, RowCache], Tensor]
+        ] = {}  # in place of the model's own
         self._uses_interface = bool(getattr(model, "_supports_attention_backend", False))
         if self.config._attn_implementation == ATTENTION_NAME:  # taken over by an earlier adapter
             model.set_attn_implementation("eager")
@@ -320,8 +248,11 @@ class Adapter:
 
     def run_layer(self, index: int, hidden: Tensor, call: LayerCall, cache: RowCache) -> Tensor:
         """Layer ``index`` on packed rows ``[1, N, D]`` -> ``[1, N, D]``."""
+        if index in self.fused_layers:
+            fused: Tensor = self.fused_layers[index](hidden, call, cache)
+            return fused
         kwargs = {**call.kwargs, ROWS_ARGUMENT: cache} if self._takes_kwargs[index] else call.kwargs
-        mode = nullcontext() if self._uses_interface else _DirectAttention(cache)
+        mode = nullcontext() if self._uses_interface else DirectAttention(cache)
         with mode:
             output = self.layers[index](hidden, *call.args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -332,7 +263,7 @@ class Adapter:
         ``call`` must come from a ``prologue`` with ``tap`` as its cache.
         """
         tap.key_value = None
-        with suppress(_LayerStopped):
+        with suppress(LayerStopped):
             self.run_layer(index, hidden, call, tap)
         assert tap.key_value is not None, "the layer stored no K/V before it attended"
         return tap.key_value

@@ -4,22 +4,28 @@ oneDNN reorders a bfloat16 weight matrix into blocks before each product; at dec
 traffic as the product itself. Packing it once makes a cold 1536 x 576 layer 1.4x faster at 64 rows on a CPU with
 AVX-512 BF16, and never slower. float32 is left alone: its products then round as HuggingFace's do.
 
-With few rows a kernel of ours reads the same packed weights where it knows how they lie.
+A kernel of ours reads the same packed weights, where it knows how they lie, for the few rows of a decode step.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tide_kernels.few_rows import few_rows_linear
 from tide_kernels.layer_vectors import TILE_OUTPUTS
+from tide_kernels.tiled_linear import ROWS_AT_ONCE, TiledWeights, tiled_linear, tiled_linear_reference
+from tide_kernels.vectors import compiles_for, has_pair_products
 
-FEW_ROWS = 4
-"""Rows up to which reading the weights takes longer than multiplying them."""
+# Rows up to which our products are faster than oneDNN's. Measured on a CPU with AVX-512 BF16 alone; with tile products
+# (AMX) oneDNN computes many rows several times faster, and without products of pairs ours only read weights faster.
+DECODE_ROWS = (16 if compiles_for("amx-bf16") else 512) if has_pair_products() else 4
+
+logger = logging.getLogger(__name__)
 
 
 class PackedLinear(nn.Module):
@@ -31,17 +37,21 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self._tiles = _tiles(self._packed, linear.weight) if linear.weight.dtype == torch.bfloat16 else None
+        tiles = _tiles(self._packed, linear.weight) if linear.weight.dtype == torch.bfloat16 else None
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.tiled = None if tiles is None else TiledWeights(tiles, bias)  # the same weights, for kernels of ours
 
     def forward(self, rows: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if self._tiles is not None and rows.numel() <= FEW_ROWS * self.in_features:
-            return few_rows_linear(rows, self._tiles, self.bias)
+        if self.tiled is not None and rows.numel() <= DECODE_ROWS * self.in_features:
+            return tiled_linear(rows, self.tiled)
         return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
 
 
 def _tiles(packed: Tensor, weight: Tensor) -> Tensor | None:
-    """The packed weight's own memory as ``few_rows_linear`` takes it; None where oneDNN lays weights out otherwise."""
+    """The packed weight's own memory as ``tiled_linear`` takes it; None where oneDNN lays weights out otherwise."""
+    if not kernels_work():
+        return None
     num_outputs, num_inputs = weight.shape
     num_bytes = torch.ops.mkldnn._nbytes(packed)
     if num_outputs % TILE_OUTPUTS or num_inputs % 2 or num_bytes != 2 * weight.numel():
@@ -51,6 +61,22 @@ def _tiles(packed: Tensor, weight: Tensor) -> Tensor | None:
     tiles = tiles.view(num_outputs // TILE_OUTPUTS, num_inputs // 2, TILE_OUTPUTS, 2)
     is_as_known = torch.equal(tiles.permute(0, 2, 1, 3).reshape(weight.shape), weight.detach())
     return tiles if is_as_known else None
+
+
+@functools.cache
+def kernels_work() -> bool:
+    """Whether our products can be compiled here and are right; where not, oneDNN computes all, with a warning."""
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(2, 24, TILE_OUTPUTS, 2, generator=generator).bfloat16()
+    rows = torch.randn(ROWS_AT_ONCE + 1, 48, generator=generator).bfloat16()
+    weights = TiledWeights(tiles, None)
+    try:
+        actual = tiled_linear(rows, weights)
+        torch.testing.assert_close(actual, tiled_linear_reference(rows, weights), rtol=0.02, atol=0.1)
+    except Exception as error:  # a compiler's, of which there is no list
+        logger.warning("products for few rows are left to oneDNN, as ours failed: %s", str(error).split("\n")[0])
+        return False
+    return True
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,237 @@
+"""The decode rows of a LLaMA-like layer in bfloat16, in one call or two: calls between parts cost as much as the parts.
+
+The parts are the kernels of this package, one after another. ``decode_layer`` runs a whole layer for decode rows in
+K/V pages; where attention is more than that, ``before_attention`` and ``after_attention`` run what is around it.
+``FusedLayer`` in ``tide_ray.models`` computes the same in more calls, and is what the tests compare with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tide_kernels.cpu import PARALLEL_FROM, jit, launch
+from tide_kernels.kv_write import copy_rows
+from tide_kernels.layer_vectors import add_numbers
+from tide_kernels.paged_attention_cpu import attend_kernel
+from tide_kernels.rms_norm import normalise
+from tide_kernels.rotary import turn_rows
+from tide_kernels.silu_mul import gate_rows
+from tide_kernels.tiled_linear import TILE_OUTPUTS, TiledWeights, multiply
+from tide_kernels.vectors import MAX_LANES
+
+ITEM_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where decode rows' K/V go and what they attend to.
+
+    Pages ``[P, H_kv, page_size, d]`` of one layer; page numbers and offsets of the rows, long ``[N]``; page table int32
+    ``[N, n]`` and lengths int32 ``[N]`` of their sequences.
+    """
+
+    key_pages: Tensor
+    value_pages: Tensor
+    page_numbers: Tensor
+    offsets: Tensor
+    table: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer's weights and constants; norms are weights ``[D]``, head norms ``[d]`` or None."""
+
+    first_norm: Tensor
+    second_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    qkv: TiledWeights
+    out: TiledWeights
+    gate_up: TiledWeights
+    down: TiledWeights
+    eps: tuple[float, float, float, float]  # of the norms in their order above
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    window: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Widths of a row, of its heads of each kind, and of the feed-forward part's middle."""
+        return self.first_norm.shape[0], self.num_heads, self.num_kv_heads, self.down.num_inputs
+
+    @property
+    def around_attention(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Addresses of what is before attention, and of what is after it."""
+        head_norms = (0 if norm is None else norm.data_ptr() for norm in (self.query_norm, self.key_norm))
+        before = self.first_norm.data_ptr(), *self.qkv.addresses, *head_norms
+        parts = (*self.out.addresses, *self.gate_up.addresses, *self.down.addresses)
+        return before, (self.second_norm.data_ptr(), *parts)
+
+    @property
+    def epsilons(self) -> tuple[np.float32, ...]:
+        return tuple(np.float32(eps) for eps in self.eps)
+
+
+def decode_layer(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer: LayerWeights) -> Tensor:
+    """Run the layer for decode rows; their K and V are in their pages afterwards.
+
+    Args:
+        hidden: bfloat16 ``[1, N, D]``.
+        cos, sin: bfloat16 ``[N, d]``.
+
+    Returns:
+        ``[1, N, D]``.
+    """
+    hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+    num_rows = hidden.shape[1]
+    width, num_heads, kv_heads, inner = layer.sizes
+    page_size, head_dim = places.key_pages.shape[2], layer.head_dim
+    out = torch.empty_like(hidden)
+    joint = hidden.new_empty(num_rows, num_heads + 2 * kv_heads, head_dim)
+    attended = hidden.new_empty(num_rows, num_heads * head_dim)
+    scratch = hidden.new_empty(num_rows * (3 * width + 3 * inner))
+    before, after = layer.around_attention
+    launch(
+        _whole(head_dim, num_heads // kv_heads, page_size),
+        (hidden.data_ptr(), out.data_ptr(), joint.data_ptr(), attended.data_ptr(), scratch.data_ptr()),
+        before,
+        after,
+        layer.epsilons,
+        (cos.data_ptr(), sin.data_ptr()),
+        (places.key_pages.data_ptr(), places.value_pages.data_ptr()),
+        (places.page_numbers.data_ptr(), places.offsets.data_ptr()),
+        (places.table.data_ptr(), places.table.shape[1], places.lengths.data_ptr()),
+        num_rows,
+        layer.sizes,
+        (np.float32(layer.scale), np.float32(layer.softcap)),
+        layer.window,
+    )
+    return out
+
+
+def before_attention(hidden: Tensor, cos: Tensor, sin: Tensor, layer: LayerWeights) -> Tensor:
+    """Q, K and V as attention sees them, ``[N, H + 2 H_kv, d]``, of rows ``[1, N, D]``; arguments as above."""
+    hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+    num_rows = hidden.shape[1]
+    width, num_heads, kv_heads, _ = layer.sizes
+    joint = hidden.new_empty(num_rows, num_heads + 2 * kv_heads, layer.head_dim)
+    normed = hidden.new_empty(num_rows, width)
+    addresses = hidden.data_ptr(), joint.data_ptr(), normed.data_ptr()
+    tables = cos.data_ptr(), sin.data_ptr()
+    before = layer.around_attention[0]
+    launch(_before(layer.head_dim), addresses, before, layer.epsilons, tables, num_rows, layer.sizes)
+    return joint
+
+
+def after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights) -> Tensor:
+    """The layer's output ``[1, N, D]`` for its input and what attention made of it, ``[1, N, H d]``."""
+    hidden, attended = hidden.contiguous(), attended.contiguous()
+    num_rows = hidden.shape[1]
+    width, _, _, inner = layer.sizes
+    out, scratch = torch.empty_like(hidden), hidden.new_empty(num_rows * (3 * width + 3 * inner))
+    addresses = hidden.data_ptr(), attended.data_ptr(), out.data_ptr(), scratch.data_ptr()
+    after = layer.around_attention[1]
+    launch(_after(layer.head_dim), addresses, after, layer.epsilons, num_rows, layer.sizes)
+    return out
+
+
+@functools.cache
+def _before(head_dim: int) -> Callable[..., None]:
+    head_bytes = ITEM_BYTES * head_dim
+    norm, norm_rows = (normalise(ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
+    turn, turn_all = (turn_rows(head_dim // 2, ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
+
+    @jit(nogil=True, boundscheck=False, error_model="numpy")
+    def run_before(addresses, weights, eps, tables, num_rows, sizes):  # type: ignore[no-untyped-def]
+        hidden, joint, normed = addresses
+        first_norm, qkv, qkv_bias, query_norm, key_norm = weights
+        width, num_heads, kv_heads, _ = sizes
+        num_all = num_heads + 2 * kv_heads
+        step = num_all * head_bytes
+        if num_rows * width < PARALLEL_FROM:
+            norm(hidden, 0, 0, first_norm, normed, num_rows, width, eps[0])
+        else:
+            norm_rows(hidden, 0, 0, first_norm, normed, num_rows, width, eps[0])
+        multiply(normed, qkv, qkv_bias, joint, num_rows, width // 2, num_all * head_dim // TILE_OUTPUTS)
+        if query_norm != 0:
+            for row in range(num_rows):
+                query, key = joint + row * step, joint + row * step + num_heads * head_bytes
+                norm(query, 0, 0, query_norm, query, num_heads, head_dim, eps[2])
+                norm(key, 0, 0, key_norm, key, kv_heads, head_dim, eps[3])
+        if num_rows * width < PARALLEL_FROM:
+            turn(joint, step, tables[0], tables[1], num_rows, num_heads + kv_heads)
+        else:
+            turn_all(joint, step, tables[0], tables[1], num_rows, num_heads + kv_heads)
+
+    return run_before
+
+
+@functools.cache
+def _after(head_dim: int) -> Callable[..., None]:
+    norm, norm_rows = (normalise(ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
+    gate, gate_all = (gate_rows(ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
+
+    @jit(nogil=True, boundscheck=False, error_model="numpy")
+    def run_after(addresses, weights, eps, num_rows, sizes):  # type: ignore[no-untyped-def]
+        hidden, attended, out, scratch = addresses
+        second_norm, projection, projection_bias, gate_up, gate_up_bias, down, down_bias = weights
+        width, num_heads, _, inner = sizes
+        row_bytes = width * ITEM_BYTES
+        normed = scratch
+        update = normed + num_rows * row_bytes
+        total = update + num_rows * row_bytes
+        gates = total + num_rows * row_bytes
+        middle = gates + num_rows * 2 * inner * ITEM_BYTES
+        num_tiles = width // TILE_OUTPUTS
+        multiply(attended, projection, projection_bias, update, num_rows, num_heads * head_dim // 2, num_tiles)
+        if num_rows * width < PARALLEL_FROM:
+            norm(hidden, update, total, second_norm, normed, num_rows, width, eps[1])
+        else:
+            norm_rows(hidden, update, total, second_norm, normed, num_rows, width, eps[1])
+        multiply(normed, gate_up, gate_up_bias, gates, num_rows, width // 2, 2 * inner // TILE_OUTPUTS)
+        if num_rows * inner < PARALLEL_FROM:
+            gate(gates, middle, num_rows, inner)
+        else:
+            gate_all(gates, middle, num_rows, inner)
+        multiply(middle, down, down_bias, update, num_rows, inner // 2, num_tiles)
+        add_numbers(total, update, out, num_rows * width // MAX_LANES, ITEM_BYTES)
+
+    return run_after
+
+
+@functools.cache
+def _whole(head_dim: int, group: int, page_size: int) -> Callable[..., None]:
+    head_bytes = ITEM_BYTES * head_dim
+    run_before, run_after = _before(head_dim), _after(head_dim)
+    attend = attend_kernel(head_dim, group, page_size, ITEM_BYTES)
+
+    @jit(nogil=True, boundscheck=False, error_model="numpy")
+    def run_whole(  # type: ignore[no-untyped-def]
+        addresses, before, after, eps, tables, pools, places, sequences, num_rows, sizes, scaling, window
+    ):
+        hidden, out, joint, attended, scratch = addresses
+        _, num_heads, kv_heads, _ = sizes
+        step = (num_heads + 2 * kv_heads) * head_bytes
+        key = joint + num_heads * head_bytes
+        value = key + kv_heads * head_bytes
+        run_before((hidden, joint, scratch), before, eps, tables, num_rows, sizes)
+        copy_rows(
+            pools[0], pools[1], places[0], places[1], key, step, value, step, num_rows, kv_heads, page_size, head_bytes
+        )
+        attend(
+            joint, step, pools[0], pools[1], attended, sequences[0], sequences[1], sequences[2],
+            num_rows, kv_heads, scaling[0], scaling[1], window,
+        )  # fmt: skip
+        run_after((hidden, attended, out, scratch), after, eps, num_rows, sizes)
+
+    return run_whole
