@@ -19,17 +19,21 @@ from transformers.pytorch_utils import Conv1D
 from tide_ray import TideEngine
 from tide_ray.engine import runner
 from tide_ray.engine.rows import LaunchCache
+from tide_ray.models import fused_layer
 from tide_ray.models.packed_linear import PackedLinear
 
 LINEAR_MODULES = (nn.Linear, Conv1D, PackedLinear)
-PARTS = ("gemm", "attention", "elementwise", "head", "sampler", "prologue", "scheduling", "requests")
+LAYER_PARTS = ("decode_kernel", "around_attention", "gemm", "attention")
+PARTS = (*LAYER_PARTS, "elementwise", "head", "sampler", "prologue", "scheduling", "requests")
 
 
 def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, Any]:
     """``wall_seconds`` of ``run`` and the ``shares`` of it, which add up to 1 but for rounding.
 
-    ``gemm``: linear modules in the layers; ``attention``: K/V writes, decode kernel and attention of prompt rows;
-    ``elementwise``: the rest of the layers (norms, rotary, activations, module calls; experts, if any); ``head``: final
+    ``decode_kernel``: layers of decode rows that are one kernel, attention included; ``around_attention``: the kernels
+    before and after attention where some rows are of prompts; ``gemm``: linear modules in the layers; ``attention``:
+    K/V writes, decode kernel and attention of prompt rows, outside of ``decode_kernel``; ``elementwise``: the rest of
+    the layers (norms, rotary, activations, module calls; experts, if any); ``head``: final
     norm and LM head; ``sampler``; ``prologue``: embeddings and per-layer arguments; ``scheduling``: schedule, packing
     rows and commit; ``requests``: prompts to token ids; ``remainder``: what no part claims, such as answers to text.
     """
@@ -37,7 +41,7 @@ def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, Any]
         start = time.perf_counter()
         run()
         wall = time.perf_counter() - start
-    seconds["elementwise"] = seconds.pop("layers") - seconds["gemm"] - seconds["attention"]
+    seconds["elementwise"] = seconds.pop("layers") - sum(seconds[name] for name in LAYER_PARTS)
     parts = {name: seconds[name] for name in PARTS}
     parts["remainder"] = wall - sum(parts.values())
     return {
@@ -48,11 +52,14 @@ def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, Any]
 
 @contextmanager
 def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
-    """Seconds spent in the engine's parts while the block runs; ``layers`` holds ``gemm`` and ``attention``."""
+    """Seconds spent in the engine's parts while the block runs; ``layers`` holds those of LAYER_PARTS."""
     adapter = engine.runner.adapter
     seconds: dict[str, float] = defaultdict(float)
     wrapped: list[tuple[Any, str, str]] = [
         (adapter, "run_layer", "layers"),
+        (fused_layer, "decode_layer", "decode_kernel"),
+        (fused_layer, "before_attention", "around_attention"),
+        (fused_layer, "after_attention", "around_attention"),
         (adapter, "final_norm", "head"),
         (adapter, "head", "head"),
         (adapter, "prologue", "prologue"),
@@ -64,7 +71,8 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
         (engine.committer, "commit", "scheduling"),
         (engine, "add_request", "requests"),
     ]
-    linears = [module for layer in adapter.layers for module in layer.modules() if isinstance(module, LINEAR_MODULES)]
+    layers = [adapter.fused_layers.get(index, layer) for index, layer in enumerate(adapter.layers)]
+    linears = [module for layer in layers for module in layer.modules() if isinstance(module, LINEAR_MODULES)]
     wrapped += [(module, "forward", "gemm") for module in linears]
     originals = [(owner, name, getattr(owner, name), name in vars(owner)) for owner, name, _ in wrapped]
     synchronize = torch.cuda.synchronize if adapter.device.type == "cuda" else _nothing

@@ -51,7 +51,7 @@ class OneSequence(RowCache):
 @torch.inference_mode()
 def run(adapter: Adapter, cache: OneSequence | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """State after the last layer, normed state and logits of ``IDS``."""
-    cache = cache or OneSequence()
+    cache = OneSequence() if cache is None else cache  # without layers of its own it is false
     hidden, calls = adapter.prologue(IDS, POSITIONS, cache)
     for layer, call in enumerate(calls):
         hidden = adapter.run_layer(layer, hidden, call, cache)

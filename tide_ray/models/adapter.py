@@ -109,9 +109,7 @@ class Adapter:
         self.num_layers = len(self.layers)
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        self.fused_layers: dict[
-            int, Callable[[Tensor, LayerCall, RowCache], Tensor]
-        ] = {}  # in place of the model's own
+        self.fused_layers: dict[int, nn.Module] = {}  # in place of the model's own: (hidden, call, cache) -> hidden
         self._uses_interface = bool(getattr(model, "_supports_attention_backend", False))
         if self.config._attn_implementation == ATTENTION_NAME:  # taken over by an earlier adapter
             model.set_attn_implementation("eager")
