@@ -1,6 +1,7 @@
 """Decode attention over paged K/V on a CPU, in Numba: streams each page once, float32 accumulation.
 
-bfloat16 is read and rounded as 16-bit patterns. Work is split by (row, K/V head).
+bfloat16 is read and rounded as 16-bit patterns. Work is split by (row, K/V head); each task scores all tokens that its
+group of query rows sees, turns the scores into weights, and sums the values.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from numba import float32, prange
 from torch import Tensor
 
 from tide_kernels.attention_vectors import (
+    MAX_TOKENS,
+    PAIR_WIDTH,
+    add_weighted_pairs,
     add_weighted_tokens,
-    exponentiate,
-    raise_to,
     rows_for,
-    scale_queries,
+    score_pairs,
     score_tokens,
+    softmax_weights,
     store_scaled,
     tokens_for,
 )
 from tide_kernels.cpu import KERNEL_DTYPES, jit, launch, with_whole_heads
-from tide_kernels.vectors import int32_at
+from tide_kernels.vectors import MAX_LANES, has_pair_products, int32_at
 
 # Reassociation and contraction let the compiler vectorise sums; infinities and NaN keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -35,86 +38,62 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
 
     Compiled at the first call, a few seconds, and kept on disk.
     """
-    rows, block = rows_for(group), tokens_for(page_size)
-    row_bytes = head_dim * item_bytes
-    page_bytes = page_size * row_bytes
-    query_bytes, head_bytes = 4 * head_dim, item_bytes * head_dim
+    rows, block = rows_for(group, head_dim), tokens_for(page_size)
+    head_bytes, sum_bytes = item_bytes * head_dim, 4 * head_dim
+    page_bytes = page_size * head_bytes
+    is_paired = item_bytes == 2 and has_pair_products() and head_dim % PAIR_WIDTH == 0 and block == MAX_TOKENS
+    score_block = score_pairs if is_paired else score_tokens
+    add_block = _add_in_pairs(group, head_dim) if is_paired else _add_one_by_one(group, head_dim, block, item_bytes)
+    weight_bytes = 2 if is_paired else 4
 
     @jit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False)
     def attend_one(  # type: ignore[no-untyped-def]
         query, key_pool, value_pool, out, pages, kv_heads, kv_head, begin, end, later, scale, softcap
     ):
-        queries = np.empty((group, head_dim), np.float32)
-        for g in range(group):
-            scale_queries(query + g * head_bytes, queries.ctypes.data + g * query_bytes, scale, head_dim, item_bytes)
-        scores = np.empty((group, page_size), np.float32)
-        maxima = np.empty(block, np.float32)
-        tops = np.full(group, -np.inf, np.float32)
-        norms = np.zeros((group, block), np.float32)
-        total = np.zeros((group, head_dim), np.float32)
         first, last = begin // page_size, (end + page_size - 1) // page_size
+        base = first * page_size  # tokens are numbered from the first page's first one
+        low, high = begin - base, end - base
+        start = low // block * block
+        num_vectors = (high - start + MAX_LANES - 1) // MAX_LANES
+        padded = start + num_vectors * MAX_LANES
+        scores = np.empty((group, max(padded, (last - first) * page_size)), np.float32)
+        total = np.zeros((group, head_dim), np.float32)
+        score_address, stride = scores.ctypes.data, scores.shape[1] * 4
+        # Whole blocks are scored: a page is there to its end, and what lies past the sequence's is not looked at.
         for p in range(first, last):
-            at = (int32_at(pages, p) * kv_heads + kv_head) * page_bytes
-            # Pages lie anywhere, so the hardware does not foresee the next one.
-            ahead = (int32_at(pages, p + 1) * kv_heads + kv_head if p + 1 < last else later) * page_bytes
-            low, high = max(begin - p * page_size, 0), min(page_size, end - p * page_size)
-            aligned, padded = low // block * block, (high + block - 1) // block * block
-            # Whole blocks are scored: a page is there to its end, and what lies past the sequence's is not looked at.
-            for t in range(aligned, padded, block):
+            keys = key_pool + (int32_at(pages, p) * kv_heads + kv_head) * page_bytes
+            # Pages lie anywhere, so the hardware does not foresee the next one: of K, then the first of V.
+            next_page = int32_at(pages, p + 1 if p + 1 < last else first) * kv_heads + kv_head
+            ahead = (key_pool if p + 1 < last else value_pool) + next_page * page_bytes
+            shift = (p - first) * page_size
+            for t in range(max(start - shift, 0), min(page_size, high - shift), block):
                 for g in range(0, group, rows):
-                    score_tokens(
-                        queries.ctypes.data + g * query_bytes,
-                        key_pool + at + t * row_bytes,
-                        key_pool + ahead + t * row_bytes,
-                        scores.ctypes.data + (g * page_size + t) * 4,
-                        page_size * 4,
-                        head_dim,
-                        rows,
-                        block,
-                        item_bytes,
-                    )
-            for g in range(group):
-                row, top = scores[g], tops[g]
-                address = scores.ctypes.data + g * page_size * 4
-                if softcap > 0:
-                    for t in range(low, high):
-                        row[t] = softcap * np.tanh(row[t] / softcap)
-                for t in range(aligned, low):  # before the window
-                    row[t] = -np.inf
-                for t in range(high, padded):
-                    row[t] = -np.inf
-                for lane in range(block):
-                    maxima[lane] = top
-                for t in range(aligned, padded, block):
-                    raise_to(maxima.ctypes.data, address + t * 4, block)
-                for lane in range(block):
-                    top = max(top, maxima[lane])
-                if top > tops[g]:  # the sums so far were relative to the old top
-                    factor = np.exp(tops[g] - top)
-                    tops[g] = top
-                    for lane in range(block):
-                        norms[g, lane] *= factor
-                    for d in range(head_dim):
-                        total[g, d] *= factor
-                norm_address, top_address = norms.ctypes.data + g * block * 4, tops.ctypes.data + g * 4
-                for t in range(aligned, padded, block):
-                    exponentiate(address + t * 4, norm_address, top_address, block)
-                for t in range(aligned, low):
-                    row[t] = 0
-            whole = high // block * block  # past it, what the page holds may be anything, even NaN
-            for t in range(aligned, whole, block):
-                for g in range(0, group, rows):
-                    sums, weights = total.ctypes.data + g * query_bytes, scores.ctypes.data + (g * page_size + t) * 4
-                    value, then = value_pool + at + t * row_bytes, value_pool + ahead + t * row_bytes
-                    add_weighted_tokens(sums, value, then, weights, page_size * 4, head_dim, rows, block, item_bytes)
-            for t in range(max(aligned, whole), high):
-                for g in range(0, group, rows):
-                    sums, weights = total.ctypes.data + g * query_bytes, scores.ctypes.data + (g * page_size + t) * 4
-                    value, then = value_pool + at + t * row_bytes, value_pool + ahead + t * row_bytes
-                    add_weighted_tokens(sums, value, then, weights, page_size * 4, head_dim, rows, 1, item_bytes)
+                    scored = score_address + g * stride + (shift + t) * 4
+                    asking, place = query + g * head_bytes, t * head_bytes
+                    score_block(asking, keys + place, ahead + place, scored, stride, head_dim, rows, block, item_bytes)
+        norms = np.empty(group, np.float32)
         for g in range(group):
-            inverse = float32(1) / norms[g].sum()
-            store_scaled(total.ctypes.data + g * query_bytes, out + g * head_bytes, inverse, head_dim, item_bytes)
+            for t in range(start, low):  # before the window
+                scores[g, t] = -np.inf
+            for t in range(high, padded):
+                scores[g, t] = -np.inf
+            factor = scale
+            if softcap > 0:
+                factor = np.float32(1)
+                for t in range(low, high):
+                    scores[g, t] = softcap * np.tanh(scores[g, t] * scale / softcap)
+            norms[g] = softmax_weights(score_address + g * stride + start * 4, num_vectors, factor, is_paired)
+        for p in range(first, last):
+            values = value_pool + (int32_at(pages, p) * kv_heads + kv_head) * page_bytes
+            next_page = int32_at(pages, p + 1) * kv_heads + kv_head if p + 1 < last else later
+            ahead = (value_pool if p + 1 < last else key_pool) + next_page * page_bytes
+            shift = (p - first) * page_size
+            begins = max(start - shift, 0)
+            weights = score_address + start * 4 + (shift + begins - start) * weight_bytes
+            add_block(values, ahead, total.ctypes.data, weights, stride, begins, min(page_size, high - shift))
+        for g in range(group):
+            inverse = float32(1) / norms[g]
+            store_scaled(total.ctypes.data + g * sum_bytes, out + g * head_bytes, inverse, head_dim, item_bytes)
 
     @jit(parallel=True, nogil=True, fastmath=FAST_MATH)
     def attend_all(  # type: ignore[no-untyped-def]
@@ -146,6 +125,54 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
             )
 
     return attend_all
+
+
+def _add_one_by_one(group: int, head_dim: int, block: int, item_bytes: int) -> Callable[..., None]:
+    """Sums of a page's values, weights in float32: tokens ``begin`` to ``end`` of the page at ``values``."""
+    rows, head_bytes, sum_bytes = rows_for(group, head_dim), item_bytes * head_dim, 4 * head_dim
+
+    @jit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False)
+    def add_page(values, ahead, sums, weights, stride, begin, end):  # type: ignore[no-untyped-def]
+        whole = end // block * block  # past it, what the page holds may be anything, even NaN
+        for t in range(begin, whole, block):
+            for g in range(0, group, rows):
+                total, weight = sums + g * sum_bytes, weights + g * stride + (t - begin) * 4
+                value, then = values + t * head_bytes, ahead + t * head_bytes
+                add_weighted_tokens(total, value, then, weight, stride, head_dim, rows, block, item_bytes)
+        for t in range(max(begin, whole), end):
+            for g in range(0, group, rows):
+                total, weight = sums + g * sum_bytes, weights + g * stride + (t - begin) * 4
+                value, then = values + t * head_bytes, ahead + t * head_bytes
+                add_weighted_tokens(total, value, then, weight, stride, head_dim, rows, 1, item_bytes)
+
+    return add_page
+
+
+def _add_in_pairs(group: int, head_dim: int) -> Callable[..., None]:
+    """The same of bfloat16, with weights in bfloat16, two tokens at a time; ``begin`` is even.
+
+    A last token without a second pairs with itself, and the weight is that of a token which is not seen.
+    """
+    rows, head_bytes, sum_bytes = rows_for(group, head_dim), 2 * head_dim, 4 * head_dim
+    pairs = MAX_TOKENS // 2
+
+    @jit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False)
+    def add_page(values, ahead, sums, weights, stride, begin, end):  # type: ignore[no-untyped-def]
+        whole = end // MAX_TOKENS * MAX_TOKENS  # past it, what the page holds may be anything, even NaN
+        for t in range(begin, whole, MAX_TOKENS):
+            for g in range(0, group, rows):
+                total, weight = sums + g * sum_bytes, weights + g * stride + (t - begin) * 2
+                value, then = values + t * head_bytes, ahead + t * head_bytes
+                second = value + head_bytes
+                add_weighted_pairs(total, value, second, then, weight, stride, head_dim, rows, pairs)
+        for t in range(max(begin, whole), end, 2):
+            for g in range(0, group, rows):
+                total, weight = sums + g * sum_bytes, weights + g * stride + (t - begin) * 2
+                value, then = values + t * head_bytes, ahead + t * head_bytes
+                second = value + head_bytes if t + 1 < end else value
+                add_weighted_pairs(total, value, second, then, weight, stride, head_dim, rows, 1)
+
+    return add_page
 
 
 def cpu_kernel_takes(query: Tensor) -> bool:
