@@ -6,6 +6,7 @@ a CPU every call is synchronous; on a GPU each timed call waits for the device, 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,16 +24,15 @@ from tide_ray.models import fused_layer
 from tide_ray.models.packed_linear import PackedLinear
 
 LINEAR_MODULES = (nn.Linear, Conv1D, PackedLinear)
-LAYER_PARTS = ("decode_kernel", "around_attention", "gemm", "attention")
+LAYER_PARTS = ("decode_kernel", "gemm", "attention")
 PARTS = (*LAYER_PARTS, "elementwise", "head", "sampler", "prologue", "scheduling", "requests")
 
 
 def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, Any]:
     """``wall_seconds`` of ``run`` and the ``shares`` of it, which add up to 1 but for rounding.
 
-    ``decode_kernel``: layers of decode rows that are one kernel, attention included; ``around_attention``: the kernels
-    before and after attention where some rows are of prompts; ``gemm``: linear modules in the layers; ``attention``:
-    K/V writes, decode kernel and attention of prompt rows, outside of ``decode_kernel``; ``elementwise``: the rest of
+    ``decode_kernel``: layers that are one kernel, attention included, as those of decode rows are; ``gemm``: linear
+    modules in other layers; ``attention``: their K/V writes and attention; ``elementwise``: the rest of
     the layers (norms, rotary, activations, module calls; experts, if any); ``head``: final
     norm and LM head; ``sampler``; ``prologue``: embeddings and per-layer arguments; ``scheduling``: schedule, packing
     rows and commit; ``requests``: prompts to token ids; ``remainder``: what no part claims, such as answers to text.
@@ -58,8 +58,6 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
     wrapped: list[tuple[Any, str, str]] = [
         (adapter, "run_layer", "layers"),
         (fused_layer, "decode_layer", "decode_kernel"),
-        (fused_layer, "before_attention", "around_attention"),
-        (fused_layer, "after_attention", "around_attention"),
         (adapter, "final_norm", "head"),
         (adapter, "head", "head"),
         (adapter, "prologue", "prologue"),
@@ -71,8 +69,8 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
         (engine.committer, "commit", "scheduling"),
         (engine, "add_request", "requests"),
     ]
-    layers = [adapter.fused_layers.get(index, layer) for index, layer in enumerate(adapter.layers)]
-    linears = [module for layer in layers for module in layer.modules() if isinstance(module, LINEAR_MODULES)]
+    modules = itertools.chain.from_iterable(layer.modules() for layer in adapter.running_layers)
+    linears = [module for module in modules if isinstance(module, LINEAR_MODULES)]
     wrapped += [(module, "forward", "gemm") for module in linears]
     originals = [(owner, name, getattr(owner, name), name in vars(owner)) for owner, name, _ in wrapped]
     synchronize = torch.cuda.synchronize if adapter.device.type == "cuda" else _nothing

@@ -1,7 +1,6 @@
-"""The decode rows of a LLaMA-like layer in bfloat16, in one call or two: calls between parts cost as much as the parts.
+"""A LLaMA-like layer in bfloat16 for rows that attend row by row, in one call: calls cost as much as their work.
 
-The parts are the kernels of this package, one after another. ``decode_layer`` runs a whole layer for decode rows in
-K/V pages; where attention is more than that, ``before_attention`` and ``after_attention`` run what is around it.
+The parts are the kernels of this package, one after another.
 ``FusedLayer`` in ``tide_ray.models`` computes the same in more calls, and is what the tests compare with.
 """
 
@@ -30,7 +29,7 @@ ITEM_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where decode rows' K/V go and what they attend to.
+    """Where the rows' K/V go and what they attend to.
 
     Pages ``[P, H_kv, page_size, d]`` of one layer; page numbers and offsets of the rows, long ``[N]``; page table int32
     ``[N, n]`` and lengths int32 ``[N]`` of their sequences.
@@ -83,7 +82,7 @@ class LayerWeights:
 
 
 def decode_layer(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer: LayerWeights) -> Tensor:
-    """Run the layer for decode rows; their K and V are in their pages afterwards.
+    """Run the layer; the rows' K and V are in their pages before any row attends.
 
     Args:
         hidden: bfloat16 ``[1, N, D]``.
@@ -116,32 +115,6 @@ def decode_layer(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer
         (np.float32(layer.scale), np.float32(layer.softcap)),
         layer.window,
     )
-    return out
-
-
-def before_attention(hidden: Tensor, cos: Tensor, sin: Tensor, layer: LayerWeights) -> Tensor:
-    """Q, K and V as attention sees them, ``[N, H + 2 H_kv, d]``, of rows ``[1, N, D]``; arguments as above."""
-    hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
-    num_rows = hidden.shape[1]
-    width, num_heads, kv_heads, _ = layer.sizes
-    joint = hidden.new_empty(num_rows, num_heads + 2 * kv_heads, layer.head_dim)
-    normed = hidden.new_empty(num_rows, width)
-    addresses = hidden.data_ptr(), joint.data_ptr(), normed.data_ptr()
-    tables = cos.data_ptr(), sin.data_ptr()
-    before = layer.around_attention[0]
-    launch(_before(layer.head_dim), addresses, before, layer.epsilons, tables, num_rows, layer.sizes)
-    return joint
-
-
-def after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights) -> Tensor:
-    """The layer's output ``[1, N, D]`` for its input and what attention made of it, ``[1, N, H d]``."""
-    hidden, attended = hidden.contiguous(), attended.contiguous()
-    num_rows = hidden.shape[1]
-    width, _, _, inner = layer.sizes
-    out, scratch = torch.empty_like(hidden), hidden.new_empty(num_rows * (3 * width + 3 * inner))
-    addresses = hidden.data_ptr(), attended.data_ptr(), out.data_ptr(), scratch.data_ptr()
-    after = layer.around_attention[1]
-    launch(_after(layer.head_dim), addresses, after, layer.epsilons, num_rows, layer.sizes)
     return out
 
 

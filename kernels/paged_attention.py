@@ -42,7 +42,7 @@ def paged_decode_attention(
         ValueError: shapes, dtypes or devices do not fit together.
     """
     _check(query, key_pages, value_pages, page_table, lengths)
-    if cpu_kernel_takes(query):
+    if cpu_kernel_takes(query.device, query.dtype):
         return cpu_decode_attention(
             query, key_pages, value_pages, page_table, lengths, scale=scale, softcap=softcap, window=window
         )

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numba import float32, prange
 from torch import Tensor
 
@@ -175,9 +176,9 @@ def _add_in_pairs(group: int, head_dim: int) -> Callable[..., None]:
     return add_page
 
 
-def cpu_kernel_takes(query: Tensor) -> bool:
-    """Whether this kernel covers the query's device and dtype."""
-    return query.device.type == "cpu" and query.dtype in KERNEL_DTYPES
+def cpu_kernel_takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this kernel covers tensors on a device in a dtype."""
+    return device.type == "cpu" and dtype in KERNEL_DTYPES
 
 
 def cpu_decode_attention(

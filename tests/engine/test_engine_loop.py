@@ -16,7 +16,7 @@ class Interrupt:
     def __init__(self, engine: TideEngine, num_launches: int, error: type[BaseException]) -> None:
         self.num_left = num_launches
         self.error = error
-        self.handle = engine.runner.adapter.layers[2].register_forward_pre_hook(self._count)
+        self.handle = engine.runner.adapter.running_layers[2].register_forward_pre_hook(self._count)
 
     def _count(self, _module: object, _args: object) -> None:
         self.num_left -= 1
@@ -166,7 +166,8 @@ def test_warming_up_leaves_no_trace(engine: TideEngine, prompts: list[list[int]]
 def test_an_engine_too_short_for_the_warm_up_prompt_warms_up_with_what_fits() -> None:
     engine = TideEngine(loaded(cycle_model()), EngineConfig(max_model_len=4, max_num_seqs=2))
     seen: list[int] = []
-    engine.runner.adapter.layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-2]))
+    first_layer = engine.runner.adapter.running_layers[0]
+    first_layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-2]))
     engine.warm_up()
     assert seen == [2, 1]
     assert engine.stats.num_rejected_requests == 0

@@ -50,8 +50,7 @@ def test_rows_through_every_layer_are_prompts_and_tokens_that_went_deeper(
 
     adapter = engine.runner.adapter
     assert len(adapter.fused_layers) == (NUM_LAYERS if compiled == "auto" else 0)
-    for layer, own in enumerate(adapter.layers):
-        module = adapter.fused_layers.get(layer, own)
+    for layer, module in enumerate(adapter.running_layers):
         module.register_forward_pre_hook(counter(layer), with_kwargs=True)
     answers = generate(engine, prompts)
     depths = [depth for answer in answers for depth in answer.exit_layers[1:]]  # the first comes from the prompt

@@ -206,7 +206,7 @@ class LayerCounter:
     """Counts, by forward hooks, the rows that every layer of an engine is called with."""
 
     def __init__(self, engine: TideEngine) -> None:
-        layers = engine.runner.adapter.layers
+        layers = engine.runner.adapter.running_layers
         self.rows = [0] * len(layers)
         self._handles = [layer.register_forward_hook(self._hook(i)) for i, layer in enumerate(layers)]
 

@@ -46,7 +46,7 @@ def test_output_is_that_of_the_model_without_the_skipped_layers(
         raise AssertionError("a skipped layer ran")
 
     for layer in skipped:
-        engine.runner.adapter.layers[layer].register_forward_pre_hook(refuse)
+        engine.runner.adapter.running_layers[layer].register_forward_pre_hook(refuse)
     outputs = engine.generate(prompts, GREEDY)
     smaller = without_layers(build_tiny_model("llama", vocab_size=TOKENIZER_VOCAB_SIZE), skipped)
     expected = [greedy(smaller, prompt, GREEDY.max_tokens) for prompt in prompts]

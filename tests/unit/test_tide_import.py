@@ -17,7 +17,7 @@ from tide_ray.cli import app
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.tide_import import import_tide
-from tiny_models import build_tiny_model
+from tiny_models import build_tiny_model, save_tiny_model
 
 LAYERS = (0, 2, 3)  # the last of four layers among them, as TIDE writes it
 THRESHOLD = 0.5
@@ -125,7 +125,7 @@ def test_a_model_whose_final_norm_centres_states_is_refused(tmp_path: Path) -> N
 def test_the_command_writes_a_checkpoint_and_refuses_a_wrong_file_with_exit_code_2(
     tmp_path: Path, model: PreTrainedModel
 ) -> None:
-    model.save_pretrained(tmp_path / "model")
+    save_tiny_model("llama", tmp_path / "model")  # not the shared model, whose layers an engine has taken over
     path = write_router(tmp_path / "router.pt", model.config.hidden_size)
     options = ["--model", str(tmp_path / "model"), "--dtype", "float32"]
     done = CliRunner().invoke(app, ["import-tide", str(path), *options, "--output", str(tmp_path / "out")])

@@ -18,7 +18,7 @@ from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.trace import MAX_ROWS, batches
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.kv_fill import KVFill
-from tide_ray.engine.rows import LaunchCache, RowSpan, build_rows
+from tide_ray.engine.rows import LaunchCache, RowSpan, attends_by_row, build_rows
 from tide_ray.engine.sampler import argmax
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.readouts import unit_rms
@@ -142,7 +142,7 @@ class Replay:
         hidden: Tensor | None = None
         cuts = [0, *(boundary.depth for boundary in self._boundaries), adapter.num_layers]
         for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
-            launch = build_rows(spans, PAGE_SIZE, adapter.device)
+            launch = build_rows(spans, PAGE_SIZE, adapter.device, by_row=attends_by_row(adapter.device, adapter.dtype))
             cache = LaunchCache(self._pools, launch)
             embedded, calls = adapter.prologue(launch.token_ids, launch.positions, cache)
             hidden = embedded if hidden is None else hidden

@@ -139,7 +139,7 @@ class Tracer:
     def _launch(self, batch: Sequence[Example], first: int, with_keys_values: bool, with_attention: bool) -> TraceRows:
         adapter = self._adapter
         spans = [self._span(example) for example in batch]
-        rows = build_rows(spans, self._pools.page_size, adapter.device)
+        rows = build_rows(spans, self._pools.page_size, adapter.device)  # not by row: K/V are in no pages
         kinds = self._kinds if with_keys_values else None
         judged_from = [example.first_judged for example in batch] if with_attention else None
         cache = _RecordingCache(self._pools, rows, kinds, self._depths[0], judged_from)

@@ -21,7 +21,7 @@ from tide_ray.engine.boundaries import Arrivals, BoundaryExits, Flow, Leaving
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.lanes import FOLLOWS, Lane, row_starts, scheduled_lane, waiting_lane, with_pending
 from tide_ray.engine.planner import LaunchPlanner
-from tide_ray.engine.rows import LaunchCache, build_rows
+from tide_ray.engine.rows import LaunchCache, attends_by_row, build_rows
 from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.engine.scheduler import ScheduledSpan
 from tide_ray.engine.sequence import PendingState, Sequence
@@ -70,6 +70,7 @@ class Runner:
         self.exits: BoundaryExits | None = None
         self.planner: LaunchPlanner | None = None
         self._waiting = waiting
+        self._by_row = attends_by_row(adapter.device, adapter.dtype)
         self._prefill_tail = prefill_tail
         size = (len(stages) - 1, max_residents, adapter.config.hidden_size)
         self._states = torch.zeros(size, dtype=adapter.dtype, device=adapter.device)
@@ -108,7 +109,8 @@ class Runner:
         start = time.perf_counter()
         flow.hidden = stage.run(self.adapter, packed, flow.calls, flow.cache, self.stats.rows_through_layer)[0]
         # On a GPU the work has only been queued by now, and waiting for it would cost more than the knowledge is worth.
-        if self.planner is not None and not flow.rows.chunks and self.adapter.device.type == "cpu":
+        is_decode = flow.rows.num_decode == flow.rows.num_rows
+        if self.planner is not None and is_decode and self.adapter.device.type == "cpu":
             self.planner.took(index, flow.rows.num_rows, time.perf_counter() - start)
         self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
         num_deferred = sum(int((lane.fates == FOLLOWS).sum()) for lane in flow.lanes if lane.num_rows > 1)
@@ -191,7 +193,8 @@ class Runner:
 
     def _prepared(self, lanes: list[Lane], hidden: Tensor | None = None) -> Flow:
         """A launch of these rows: their states, or else the model's embeddings, and its call for each layer."""
-        rows = build_rows([lane.span for lane in lanes], self.pools.page_size, self.adapter.device)
+        spans = [lane.span for lane in lanes]
+        rows = build_rows(spans, self.pools.page_size, self.adapter.device, by_row=self._by_row)
         cache = LaunchCache(self.pools, rows)
         embedded, calls = self.adapter.prologue(rows.token_ids, rows.positions, cache)
         return Flow(lanes, embedded[0] if hidden is None else hidden, rows, cache, calls)

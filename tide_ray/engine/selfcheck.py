@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tide_ray.engine.kv_cache import KVCache
-from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, build_rows
+from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, attends_by_row, build_rows
 from tide_ray.models.adapter import Adapter
 from tide_ray.types import UserError
 
@@ -98,7 +98,9 @@ def _packed_states(adapter: Adapter, prompts: list[list[int]], native: list[list
             torch.cat([part[window] for part, window in zip(parts, windows, strict=True)])
             for parts in zip(*native, strict=True)
         ]
-        states = _launch(adapter, pools, build_rows(spans, PAGE_SIZE, adapter.device), given)
+        by_row = attends_by_row(adapter.device, adapter.dtype)
+        rows = build_rows(spans, PAGE_SIZE, adapter.device, by_row=by_row)
+        states = _launch(adapter, pools, rows, given)
         row = 0
         for index, span in enumerate(spans):
             collected[index].append([state[row : row + len(span.token_ids)] for state in states])

@@ -198,6 +198,11 @@ class Adapter:
             for layer in self.layers
         ]
 
+    @property
+    def running_layers(self) -> list[nn.Module]:
+        """What runs each layer: its own module, or the fused one in its place."""
+        return [self.fused_layers.get(index, layer) for index, layer in enumerate(self.layers)]
+
     @functools.cached_property
     def calls_are_by_row(self) -> bool:
         """Whether ``selected_calls`` gives what a ``prologue`` of the selected rows would."""

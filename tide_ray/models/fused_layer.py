@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tide_kernels.decoder_layer import LayerWeights, after_attention, before_attention, decode_layer
+from tide_kernels.decoder_layer import LayerWeights, decode_layer
 from tide_kernels.rms_norm import add_rms_norm, rms_norm
 from tide_kernels.rotary import rotate
 from tide_kernels.silu_mul import silu_mul
@@ -100,13 +100,10 @@ class FusedLayer(nn.Module):
     def forward(self, hidden: Tensor, call: LayerCall, cache: RowCache) -> Tensor:
         """Packed rows ``[1, N, D]`` -> ``[1, N, D]``, with K/V stored in ``cache``."""
         cos, sin = call.kwargs["position_embeddings"]
-        weights = self.decode_weights if hidden.shape[1] <= DECODE_ROWS else None
-        places = None if weights is None else cache.decode_places(self.layer_idx)
-        if weights is not None and places is not None:
-            return decode_layer(hidden, cos[0], sin[0], places, weights)
-        if weights is not None:
-            query, key, value = self._split(before_attention(hidden, cos[0], sin[0], weights))
-            return after_attention(hidden, self._attended(query, key, value, cache), weights)
+        if self.decode_weights is not None and hidden.shape[1] <= DECODE_ROWS:
+            places = cache.decode_places(self.layer_idx)
+            if places is not None:
+                return decode_layer(hidden, cos[0], sin[0], places, self.decode_weights)
         query, key, value = self.heads(hidden, cos[0], sin[0])
         return self.finish(hidden, self._attended(query, key, value, cache))
 

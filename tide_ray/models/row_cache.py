@@ -46,7 +46,7 @@ class RowCache(Cache):
         raise NotImplementedError
 
     def decode_places(self, layer: int) -> Places | None:
-        """Where ``update`` and ``attend`` would write and read, when all rows are decode rows in K/V pages."""
+        """Where ``update`` and ``attend`` would write and read, when all rows attend row by row to K/V in pages."""
         return None
 
 
