@@ -77,14 +77,20 @@ def forced_engine(
     kv_policy: str = "fitted",
     holds: Sequence[int] | None = None,
     is_identity: bool = False,
+    prefill_thresholds: Sequence[float] | None = None,
     **config: Any,
 ) -> TideEngine:
-    """An engine in which a seeded random share of tokens exits at each boundary."""
+    """An engine in which a seeded random share of tokens exits at each boundary; with ``prefill_thresholds`` prompt
+    tokens stop there, too."""
     wrapped = loaded(model)
     routers = make_routers(wrapped, depths, kv_policy=kv_policy, is_identity=is_identity)
     values = {"dtype": "float32", "device": "cpu", "page_size": 4, "max_model_len": 96, "max_num_seqs": 4, **config}
+    if prefill_thresholds is not None:
+        values |= {"exits": "given", "prefill_share": 1.0}
     engine = TideEngine(wrapped, EngineConfig(**values), routers)
     assert engine.runner.exits is not None
+    if prefill_thresholds is not None:
+        engine.runner.exits.prefill_thresholds = list(prefill_thresholds)
     engine.runner.exits.policy = ForcedExits(shares, seed=5)
     engine.runner.planner = FixedPlanner(len(depths), holds)
     return engine

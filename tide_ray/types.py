@@ -42,7 +42,7 @@ class SamplingParams:
         n: completions per prompt.
         logprobs: return this many top log probabilities per token (of the unprocessed logits) and the sampled one's.
         exit_threshold, exit_min_depth, exit_policy: override the engine's settings for this request; ``exit_policy`` is
-            ``full`` (no early exit), ``router`` or ``confidence``. Ours, not vLLM's.
+            ``full`` (no early exit, of the prompt's tokens neither), ``router`` or ``confidence``. Ours, not vLLM's.
 
     Raises:
         UserError: a value is outside its range.

@@ -80,9 +80,7 @@ def test_choices_and_depths_are_the_engines(prompts: list[list[int]], kv_policy:
 
 
 def test_prompt_rows_that_stop_leave_the_same_keys_and_values(prompts: list[list[int]]) -> None:
-    engine = forced_engine(build_tiny_model("llama"), DEPTHS, SHARES, prefill_tail=1)
-    assert engine.runner.exits is not None
-    engine.runner.exits.prefill_thresholds = [0.45, 0.5]
+    engine = forced_engine(build_tiny_model("llama"), DEPTHS, SHARES, prefill_tail=1, prefill_thresholds=[0.45, 0.5])
     answers = answer(engine, prompts)
     assert 0 < engine.stats.num_prefill_exits < sum(map(len, prompts))
     same = replayed(engine, prompts, answers, rows_per_launch=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from exit_helpers import forced_engine, make_routers
-from references import loaded
+from references import greedy, loaded
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
 from tide_ray.engine.exit_setup import exit_rules
 from tide_ray.exits.policies import Candidates, CapacityExits, ForcedExits, ScoredExits, Scorer, confidence_scores
@@ -114,10 +115,7 @@ def test_confidence_is_high_for_a_peak_and_low_for_a_plain() -> None:
 
 def test_prompt_rows_below_the_predicted_error_stop_but_not_the_first_and_the_last() -> None:
     model = build_tiny_model("llama")
-    engine = forced_engine(model, (2,), (0.0,), prefill_tail=5)
-    exits = engine.runner.exits
-    assert exits is not None
-    exits.prefill_thresholds = [2.0]  # every prompt token may stop
+    engine = forced_engine(model, (2,), (0.0,), prefill_tail=5, prefill_thresholds=[2.0])  # every token may stop
     prompts = [[7] * 20, [8] * 4, [9] * 6]
     engine.generate(prompts, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     assert engine.stats.num_prefill_exits == (20 - 5 - 1) + 0 + (6 - 5 - 1)
@@ -131,12 +129,22 @@ def test_prefill_exits_give_the_same_answer_in_chunks_and_alone() -> None:
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     answers = []
     for limits in ({}, {"max_num_batched_tokens": 9}, {"max_num_seqs": 1}):
-        engine = forced_engine(model, (2,), (0.0,), prefill_tail=4, **limits)
-        assert engine.runner.exits is not None
-        engine.runner.exits.prefill_thresholds = [0.5]
+        engine = forced_engine(model, (2,), (0.0,), prefill_tail=4, prefill_thresholds=[0.5], **limits)
         answers.append([o.outputs[0].token_ids for o in engine.generate(prompts, params)])
         assert 0 < engine.stats.num_prefill_exits < 66
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_request_for_full_depth_runs_its_prompt_at_full_depth_beside_prompts_that_stop() -> None:
+    """Such a request once had its prompt rows stopped like all others: its answer was not full depth's."""
+    model, prompt = build_tiny_model("llama"), list(range(7, 27))
+    expected = greedy(model, prompt, 6)
+    engine = forced_engine(model, (2,), (0.0,), prefill_tail=5, prefill_thresholds=[2.0])
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    full = dataclasses.replace(params, exit_policy="full")
+    stopped, whole = (output.outputs[0].token_ids for output in engine.generate([prompt, prompt], [params, full]))
+    assert engine.stats.num_prefill_exits == 20 - 5 - 1, "of the first prompt alone"
+    assert whole == expected != stopped
 
 
 def test_post_hoc_selection_runs_every_layer_and_takes_the_first_state_that_passes() -> None:

@@ -141,7 +141,9 @@ def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingPa
             thresholds.append(NEVER)
         else:
             thresholds.append(calibrated_threshold(boundary, config.exit_error) if given is None else given)
-    return ExitRules(tuple(thresholds), "confidence" if policy == "confidence" else "router")
+    # The engine's own policy may be full with a prefill share; a request that asks for full means its prompt as well.
+    prompt_exits = config.prefill_share is not None and params.exit_policy != "full"
+    return ExitRules(tuple(thresholds), "confidence" if policy == "confidence" else "router", prompt_exits)
 
 
 def calibrated_threshold(boundary: Boundary, error: float | None) -> float:

@@ -1,8 +1,8 @@
 """Lanes: each carries the rows of one sequence through the stages of a step.
 
 Rows of a decode lane and the last row of an extend lane are asked at each boundary whether they stop. Prompt rows go
-through, or stop where prefill exits say so. Rows of an answer that is computed again after a preemption stop where they
-stopped the first time, so that the answer does not change.
+through, or stop where prefill exits say so and the request allows it. Rows of an answer that is computed again after a
+preemption stop where they stopped the first time, so that the answer does not change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tide_ray.engine.scheduler import ScheduledSpan
 from tide_ray.engine.sequence import PendingState, Sequence
 
 ASKED = -1  # the policy decides
-PREFILL = -2  # a prompt token: the prefill gate decides, if there is one
+PREFILL = -2  # a prompt token: the prefill gate decides
 FOLLOWS = -3  # a pending position: it goes as far as its lane's last row
 
 
@@ -55,12 +55,16 @@ class Lane:
 
 
 def scheduled_lane(span: ScheduledSpan, num_layers: int, prefill_tail: int) -> Lane:
-    """The rows of a scheduled span. A prompt's first token and its last ``prefill_tail`` tokens run every layer."""
+    """The rows of a scheduled span.
+
+    Prompt tokens run every layer unless the request lets them stop; the first one and the last ``prefill_tail`` do then
+    as well.
+    """
     sequence, start = span.sequence, span.sequence.num_computed
     rows = RowSpan.run(sequence.tokens(start, span.count), start, sequence.page_array(), is_decode=span.is_decode)
     if span.is_decode:
         return Lane(sequence, rows, np.array([ASKED], dtype=np.int32), samples=True)
-    fates = np.full(span.count, PREFILL, dtype=np.int32)
+    fates = np.full(span.count, PREFILL if sequence.exit_rules.prompt_exits else num_layers, dtype=np.int32)
     prompt_length = len(sequence.prompt_ids)
     positions = rows.positions
     fates[(positions == 0) | (positions >= prompt_length - max(prefill_tail, 1))] = num_layers

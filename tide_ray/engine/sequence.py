@@ -20,10 +20,14 @@ def now_us() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ExitRules:
-    """When the tokens of a request may exit: the score needed at each boundary (infinite: never), and from what."""
+    """When the tokens of a request may exit: the score needed at each boundary (infinite: never), and from what.
+
+    ``prompt_exits``: its prompt tokens may stop at a boundary as well.
+    """
 
     thresholds: tuple[float, ...] = ()
     scorer: str = "router"
+    prompt_exits: bool = False
 
 
 NO_EXITS = ExitRules()
