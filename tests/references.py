@@ -86,6 +86,21 @@ def cycle_model() -> PreTrainedModel:
     return model
 
 
+class Interrupt:
+    """Raises from inside a layer of the engine, in the launch after ``num_launches`` more."""
+
+    def __init__(self, engine: TideEngine, num_launches: int, error: type[BaseException]) -> None:
+        self.num_left = num_launches
+        self.error = error
+        self.handle = engine.runner.adapter.running_layers[2].register_forward_pre_hook(self._count)
+
+    def _count(self, _module: object, _args: object) -> None:
+        self.num_left -= 1
+        if self.num_left < 0:
+            self.handle.remove()
+            raise self.error("interrupted")
+
+
 def assert_idle(engine: TideEngine) -> None:
     """Nothing waits, nothing is resident and every page is free exactly once."""
     assert not engine.has_unfinished_requests()

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from references import GREEDY, NUM_PROMPTS, assert_idle, cycle_model, loaded, tokens
+from references import GREEDY, NUM_PROMPTS, Interrupt, assert_idle, cycle_model, loaded, tokens
 from tide_ray import EngineConfig, RequestOutput, SamplingParams, TideEngine, UserError
 from tide_ray.models.load import LoadedModel
 from tiny_models import build_tiny_model
-
-
-class Interrupt:
-    """Raises from inside a layer of the engine, in the launch after ``num_launches`` more."""
-
-    def __init__(self, engine: TideEngine, num_launches: int, error: type[BaseException]) -> None:
-        self.num_left = num_launches
-        self.error = error
-        self.handle = engine.runner.adapter.running_layers[2].register_forward_pre_hook(self._count)
-
-    def _count(self, _module: object, _args: object) -> None:
-        self.num_left -= 1
-        if self.num_left < 0:
-            self.handle.remove()
-            raise self.error("interrupted")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

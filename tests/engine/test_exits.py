@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exit_helpers import NUM_LAYERS, forced_engine
-from references import assert_idle, forward_logits, greedy, ragged_prompts, tokens
+from references import Interrupt, assert_idle, forward_logits, greedy, ragged_prompts, tokens
 from tide_ray import SamplingParams, TideEngine
 from tide_ray.exits.readouts import unit_rms
 from tiny_models import VOCAB_SIZE, build_tiny_model
@@ -158,6 +158,32 @@ def test_a_preempted_answer_is_computed_again_with_the_same_exits(
     assert tokens(starved) == [answer.token_ids for answer in plenty]
     assert [o.outputs[0].exit_layers for o in starved] == [answer.exit_layers for answer in plenty]
     assert taken is not None
+
+
+def run_out(engine: TideEngine) -> dict[str, list[int]]:
+    """Step until nothing is left; the answers by request."""
+    done = {}
+    while engine.has_unfinished_requests():
+        done |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+    return done
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("num_launches", [1, 6])
+def test_a_failed_launch_can_be_run_again(prompts: list[list[int]], kv_policy: str, num_launches: int) -> None:
+    """States that were to go deeper with the launch were once gone with it, and later tokens had no K/V for them."""
+    model = build_tiny_model("llama")
+    options: dict[str, Any] = {"kv_policy": kv_policy, "holds": (3, 2)}
+    calm = generate(forced_engine(model, (1, 3), (0.4, 0.5), **options), prompts)
+    engine = forced_engine(model, (1, 3), (0.4, 0.5), **options)
+    for number, params in enumerate(params_with_seeds(len(prompts))):
+        engine.add_request(str(number), prompts[number], params)
+    Interrupt(engine, num_launches, RuntimeError)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run_out(engine)
+    done = run_out(engine)
+    assert [done[str(number)] for number in range(len(prompts))] == [answer.token_ids for answer in calm]
+    assert_idle(engine)
 
 
 def test_skipped_layers_hold_what_fitted_and_copied_kv_should_be() -> None:

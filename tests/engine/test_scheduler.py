@@ -30,6 +30,7 @@ def create_sequence(name: str, prompt_length: int) -> Sequence:
 
 def run(scheduler: Scheduler, spans: list[ScheduledSpan]) -> None:
     """What the engine does between two schedules: compute the rows, choose a token where one is due."""
+    scheduler.launch_ended()
     for span in spans:
         samples = span.samples
         span.sequence.num_computed += span.count

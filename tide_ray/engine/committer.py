@@ -22,6 +22,7 @@ class Committer:
     def commit(self, spans: Seq[ScheduledSpan], sampled: Seq[SampledToken]) -> list[Sequence]:
         """Note computed rows and chosen tokens; returns the sequences that this finished."""
         time_us = self.clock()
+        self.scheduler.launch_ended()
         for span in spans:
             if not span.is_decode:  # a row that decodes counts once its token is chosen, which may be steps later
                 span.sequence.num_computed += span.count - bool(span.sequence.stage)

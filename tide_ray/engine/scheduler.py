@@ -50,6 +50,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.residents: list[Sequence] = []
         self.num_preemptions = 0
+        self._is_launched = False
         self._free_slots = list(range(max_residents - 1, -1, -1))
 
     @property
@@ -72,6 +73,9 @@ class Scheduler:
 
         Empty when there is no work, or when every resident waits for a deeper stage (see ``waiting_for_stage``).
         """
+        if self._is_launched:
+            self._start_again()
+        self._is_launched = True
         decode = self._schedule_decode()
         budget = self.max_rows - len(decode)
         prefill: list[ScheduledSpan] = []
@@ -86,6 +90,10 @@ class Scheduler:
             prefill.append(ScheduledSpan(admitted, count, is_decode=False))
             budget -= count
         return decode + prefill
+
+    def launch_ended(self) -> None:
+        """The launch of the last ``schedule`` has run. Without this the next ``schedule`` takes it to have failed."""
+        self._is_launched = False
 
     def waiting_for_stage(self, stage: int) -> list[Sequence]:
         """Residents whose newest token has run every stage before ``stage`` and waits for it."""
@@ -144,10 +152,18 @@ class Scheduler:
         sequence.slot = -1
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._send_back(sequence)
+        self.num_preemptions += 1
+
+    def _start_again(self) -> None:
+        """The last launch failed: all residents are computed again, as states that waited for a stage may be lost."""
+        for sequence in self.residents[::-1]:
+            self._send_back(sequence)
+
+    def _send_back(self, sequence: Sequence) -> None:
         self._evict(sequence)
         self._free_pages(sequence)
         self.waiting.appendleft(sequence)
-        self.num_preemptions += 1
 
     def _free_pages(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
