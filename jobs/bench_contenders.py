@@ -87,8 +87,12 @@ def hf_contenders(
 
 
 def engine_settings(workload: Workload, prompts: list[list[int]], num_threads: int) -> dict[str, Any]:
-    """EngineConfig fields that fit the workload; ``prompts`` are its token ids."""
+    """EngineConfig fields that fit the workload; ``prompts`` are its token ids.
+
+    Every round asks the same prompts, so a prefix cache would answer what is to be measured.
+    """
     return {
+        "prefix_caching": False,
         "dtype": workload.dtype,
         "max_model_len": max(map(len, prompts)) + workload.max_tokens,
         "num_threads": num_threads,

@@ -99,6 +99,7 @@ def run_depth(
         max_num_seqs=max(residents),
         max_model_len=PROMPT_TOKENS + max(answer_room(count, tokens) for count in residents),
         kv_memory_fraction=0.3,
+        prefix_caching=False,  # every contender computes the same prompts, round after round
     )
     full = TideEngine(loaded, config)
     results = []

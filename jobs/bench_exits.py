@@ -80,6 +80,7 @@ def run_exits(
         ),
         "kv_memory_fraction": 0.15,
         "num_threads": num_threads,
+        "prefix_caching": False,  # every round asks the same prompts, and everyone must compute them
     }
     variants = [
         *(Variant(f"exits at {error:.0%} error", {"exit_error": error}) for error in errors),

@@ -49,7 +49,8 @@ def run_quality(
     loaded = load(workload.model, dtype=workload.dtype)
     prompts = workload.token_ids(loaded)
     limit = max(map(len, prompts)) + workload.max_tokens
-    engine = TideEngine(loaded, EngineConfig(max_num_seqs=64, max_model_len=limit, kv_memory_fraction=0.2))
+    config = EngineConfig(max_num_seqs=64, max_model_len=limit, kv_memory_fraction=0.2, prefix_caching=False)
+    engine = TideEngine(loaded, config)
     examples = sorted(answered(engine, prompts, workload.max_tokens), key=lambda example: len(example.token_ids))
     engine.runner.pools.release()
     bench = _Bench(engine.runner.adapter, examples, tail)

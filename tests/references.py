@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tide_ray import RequestOutput, SamplingParams, TideEngine
+from tide_ray.engine.prefix_cache import PrefixCache, PrefixNode
 from tide_ray.models.load import LoadedModel
 from tiny_models import EOS_ID, TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 
@@ -101,16 +102,23 @@ class Interrupt:
             raise self.error("interrupted")
 
 
+def cached_nodes(cache: PrefixCache) -> list[PrefixNode]:
+    """Every page that can be found, parents before children."""
+    nodes = list(cache._roots.values())
+    for node in nodes:
+        nodes += node.children.values()
+    return nodes[len(cache._roots) :]
+
+
 def assert_idle(engine: TideEngine) -> None:
-    """Nothing waits, nothing is resident and every page is free exactly once."""
+    """Nothing waits, nothing is resident, and every page is free or cached exactly once and held by nobody."""
     assert not engine.has_unfinished_requests()
     assert not engine.scheduler.has_work
     pool = engine.scheduler.pool
-    assert pool.num_free == pool.num_pages
-    pages = pool.allocate(pool.num_pages)
-    assert pages is not None
-    assert sorted(pages) == list(range(pool.num_pages))
-    pool.release(pages[::-1])
+    nodes = cached_nodes(pool)
+    assert all(node.is_computed and node.ref_count == 0 for node in nodes)
+    assert pool.num_idle == len(nodes)
+    assert sorted([*pool._free, *(node.page for node in nodes)]) == list(range(pool.num_pages))
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:

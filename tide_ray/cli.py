@@ -93,6 +93,7 @@ def generate(
     max_num_seqs: Annotated[int | None, _flag("max_num_seqs")] = None,
     max_model_len: Annotated[int | None, _flag("max_model_len")] = None,
     max_num_batched_tokens: Annotated[int | None, _flag("max_num_batched_tokens")] = None,
+    prefix_caching: Annotated[bool | None, _flag("prefix_caching")] = None,
     policy: Annotated[str | None, _flag("policy")] = None,
     exits: Annotated[str | None, _flag("exits")] = None,
     exit_threshold: Annotated[float | None, _flag("exit_threshold")] = None,

@@ -31,6 +31,8 @@ class EngineConfig:
         max_num_batched_tokens: most rows of one step; a longer prompt is prefilled in chunks.
         kv_memory_fraction: share of the free memory that K/V pages may take.
         page_size: tokens per K/V page.
+        prefix_caching: prompts that begin alike share the K/V pages of their beginning, which is computed once. With
+            ``prefill_share`` a shared page keeps the choice of tokens that stop made for the prompt that came first.
         policy: ``auto`` (``router`` with ``exits``, else ``full``); ``full``; ``static``: every token runs the same
             fixed set of layers; with ``exits``: ``router`` (calibrated gates), ``confidence`` (of the exit head through
             the LM head), ``capacity`` (a fixed share of rows goes deeper), ``posthoc`` (all layers run, states are
@@ -66,6 +68,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     kv_memory_fraction: float = 0.5
     page_size: int = 32
+    prefix_caching: bool = True
     policy: str = "auto"
     exits: str | None = None
     exit_threshold: float | None = None
@@ -108,7 +111,7 @@ class EngineConfig:
             raise UserError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
         if not _is_integer(self.seed):
             raise UserError(f"seed must be an integer, got {self.seed!r}")
-        for name in ("trust_remote_code", "selfcheck"):
+        for name in ("trust_remote_code", "prefix_caching", "selfcheck"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._check_policy()

@@ -178,7 +178,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What became of one request. ``error`` is empty unless the request was rejected."""
+    """What became of one request. ``error`` is empty unless the request was rejected.
+
+    ``num_cached_tokens``: prompt tokens of the first completion whose K/V came from the prefix cache.
+    """
 
     request_id: str
     prompt: str | None
@@ -188,19 +191,22 @@ class RequestOutput:
     error: str = ""
     queue_time_us: int = 0
     total_time_us: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)
 class EngineStats:
     """Counters since the engine started.
 
-    ``rows_through_layer[l]`` counts token rows that layer ``l`` really ran, ``launches`` the launches of each stage,
+    ``rows_through_layer[l]`` counts token rows that layer ``l`` really ran, ``num_cached_tokens`` prompt tokens that no
+    layer ran for because their K/V came from the prefix cache, ``launches`` the launches of each stage,
     ``num_filled_rows`` rows whose K/V in skipped layers were filled, ``deferred_rows`` rows that a stage ran later for
     their K/V alone, ``num_prefill_exits`` prompt rows that stopped at a boundary.
     """
 
     rows_through_layer: list[int]
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     sum_exit_layers: int = 0
     num_finished_requests: int = 0

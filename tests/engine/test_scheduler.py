@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tide_ray.engine.kv_cache import PagePool
+from tide_ray.engine.prefix_cache import PrefixCache
 from tide_ray.engine.scheduler import ScheduledSpan, Scheduler
 from tide_ray.engine.sequence import Sequence
 from tide_ray.types import SamplingParams
@@ -15,17 +15,22 @@ def create_scheduler(
 ) -> Scheduler:
     ticks = itertools.count(1)
     return Scheduler(
-        PagePool(num_pages),
-        page_size=page_size,
+        PrefixCache(num_pages, page_size),
         max_residents=max_residents,
         max_rows=max_rows,
+        full_depth=1,
         clock=lambda: next(ticks),
     )
 
 
-def create_sequence(name: str, prompt_length: int) -> Sequence:
-    params = SamplingParams(max_tokens=1000)
-    return Sequence(name, 0, list(range(prompt_length)), params, 0, frozenset(), 1000, arrival_us=0)
+first_tokens = itertools.count(0, 1000)
+
+
+def create_sequence(name: str, prompt_length: int, *, first_token: int | None = None) -> Sequence:
+    """A sequence whose prompt counts up from ``first_token``, by default from one that no other prompt has."""
+    start = next(first_tokens) if first_token is None else first_token
+    prompt = list(range(start, start + prompt_length))
+    return Sequence(name, 0, prompt, SamplingParams(max_tokens=1000), 0, frozenset(), 1000, arrival_us=0)
 
 
 def run(scheduler: Scheduler, spans: list[ScheduledSpan]) -> None:
@@ -36,6 +41,7 @@ def run(scheduler: Scheduler, spans: list[ScheduledSpan]) -> None:
         span.sequence.num_computed += span.count
         if samples:
             span.sequence.append(7, 1, None, 0)
+            scheduler.token_chosen(span.sequence)
 
 
 def shape(spans: list[ScheduledSpan]) -> list[tuple[str, int, bool]]:

@@ -132,6 +132,7 @@ def test_sampling_and_engine_fields_reach_their_configs() -> None:
     values = {
         "dtype": "float32", "device": "cpu", "revision": "main", "trust_remote_code": True, "max_num_seqs": 3,
         "max_model_len": 64, "max_num_batched_tokens": 32, "policy": "static", "skip_layers": [1], "num_threads": 2,
+        "prefix_caching": False,
     }  # fmt: skip
     engine = GenerateJobConfig.build(values).engine_config()
     assert {name: getattr(engine, name) for name in values} == {**values, "skip_layers": (1,)}

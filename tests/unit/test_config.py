@@ -28,6 +28,7 @@ def test_the_defaults_are_valid_and_frozen() -> None:
     assert config.resolved_policy == "full"
     assert EngineConfig(exits="routers").resolved_policy == "router"
     assert config.selfcheck
+    assert config.prefix_caching
     assert not config.trust_remote_code
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.dtype = "float32"
@@ -69,7 +70,7 @@ def test_the_seed_must_be_an_integer(value: Any) -> None:
     assert error_of(seed=value) == f"seed must be an integer, got {value!r}"
 
 
-@pytest.mark.parametrize("name", ["trust_remote_code", "selfcheck"])
+@pytest.mark.parametrize("name", ["trust_remote_code", "prefix_caching", "selfcheck"])
 @pytest.mark.parametrize("value", ["false", 0, None])
 def test_switches_must_be_booleans(name: str, value: Any) -> None:
     """The string "false" (from a configuration file, say) is true in Python, and would run a stranger's code."""

@@ -231,7 +231,7 @@ def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _sha
     started = time.perf_counter()
     progress("loading the model", 0.0)
     loaded = load_as(config.model, config)
-    engine = TideEngine(loaded, EngineConfig(num_threads=config.num_threads))
+    engine = TideEngine(loaded, EngineConfig(num_threads=config.num_threads, prefix_caching=False))
     adapter = engine.runner.adapter
     depths = candidate_depths(adapter.num_layers, config.boundaries)
     examples = _examples(config, engine, progress)

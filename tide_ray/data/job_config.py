@@ -24,7 +24,7 @@ ENGINE_FIELDS = (
     "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
     "policy", "exits", "exit_threshold", "exit_error", "exit_min_depth", "exits_when", "confidence_measure", "capacity",
     "kv_policy", "prefill_share", "prefill_tail", "exit_layer", "skip_layers", "static_cost", "compile",
-    "num_threads",
+    "num_threads", "prefix_caching",
 )  # fmt: skip
 
 
@@ -70,6 +70,7 @@ class GenerateJobConfig(BaseModel):
     max_num_seqs: int | None = Field(default=None, description="most resident sequences per actor")
     max_model_len: int | None = Field(default=None, description="most tokens of prompt plus answer")
     max_num_batched_tokens: int = Field(default=2048, description="most rows of one engine step")
+    prefix_caching: bool = Field(default=True, description="compute what prompts begin with alike only once")
     policy: str = Field(
         default="auto", description="auto, full, static, or with exits: router, confidence, capacity, posthoc"
     )

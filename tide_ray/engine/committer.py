@@ -31,9 +31,11 @@ class Committer:
             sequence = token.sequence
             sequence.num_computed = sequence.num_tokens
             sequence.append(token.token_id, token.depth, token.logprobs, time_us, token.score)
+            self.scheduler.token_chosen(sequence)
             self.stats.num_generated_tokens += 1
             if len(sequence.output_ids) == 1:
                 self.stats.num_prompt_tokens += len(sequence.prompt_ids)
+                self.stats.num_cached_tokens += sequence.num_cached_tokens
             self.stats.sum_exit_layers += token.depth
             check_finished(sequence)
             if sequence.is_finished:

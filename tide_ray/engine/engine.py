@@ -16,8 +16,9 @@ import torch
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
-from tide_ray.engine.kv_cache import KVCache, PagePool
+from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
+from tide_ray.engine.prefix_cache import PrefixCache
 from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
@@ -76,10 +77,11 @@ class TideEngine:
             device=adapter.device,
         )
         self.scheduler = Scheduler(
-            PagePool(plan.num_pages),
-            page_size=config.page_size,
+            PrefixCache(plan.num_pages, config.page_size, is_on=config.prefix_caching),
             max_residents=plan.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
+            full_depth=stages[-1].depth,
+            prefill_tail=config.prefill_tail,
             clock=now_us,
         )
         self.runner = Runner(
@@ -112,10 +114,11 @@ class TideEngine:
         """Answer a short prompt and forget it, so that the first request waits for nothing that only happens once.
 
         That is loading compiled kernels, touching the weights and starting threads: seconds, on a CPU. To be called
-        while nothing runs; counters start from zero afterwards.
+        while nothing runs; counters start from zero afterwards, and no prompt is remembered.
         """
         prompt = [0] * min(WARM_UP_ROWS, self.max_model_len - 2)
         self.generate(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        self.scheduler.pool.clear()
         self.stats.reset()
 
     @property
@@ -255,6 +258,7 @@ class TideEngine:
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "num_kv_pages": self.num_kv_pages,
             "page_size": config.page_size,
+            "prefix_caching": config.prefix_caching,
             "num_threads": torch.get_num_threads(),
         }
 

@@ -142,6 +142,7 @@ def to_output(request: Request, tokenizer: Any, *, finished: bool = True) -> Req
         finished=finished,
         queue_time_us=admitted - request.arrival_us,
         total_time_us=now_us() - request.arrival_us,
+        num_cached_tokens=request.sequences[0].num_cached_tokens,
     )
 
 

@@ -2,7 +2,8 @@
 
 Decode rows first, then prefill chunks of residents, then newly admitted sequences, within ``max_rows`` per launch.
 Pages are taken as tokens need them; when none is left the sequence admitted last gives its own back and is computed
-again later (its tokens are kept, so its answer does not change).
+again later (its tokens are kept, so its answer does not change). Full pages that begin a prompt are looked up first
+(``prefix_cache``), and only what follows them is computed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tide_ray.engine.kv_cache import PagePool
+from tide_ray.engine.prefix_cache import PrefixCache
 from tide_ray.engine.sequence import Sequence
 
 
@@ -32,20 +33,29 @@ class Scheduler:
     """Owns the waiting and resident sequences and the free pages.
 
     Args:
-        pool: free K/V pages.
-        page_size: tokens per page.
+        pool: free K/V pages, and those that can be shared.
         max_residents: most sequences that hold pages at a time.
         max_rows: most rows of one launch.
+        full_depth: depth of tokens that did not exit early.
+        prefill_tail: last tokens of a prompt that always run every layer.
         clock: microseconds, for admission times.
     """
 
     def __init__(
-        self, pool: PagePool, *, page_size: int, max_residents: int, max_rows: int, clock: Callable[[], int]
+        self,
+        pool: PrefixCache,
+        *,
+        max_residents: int,
+        max_rows: int,
+        full_depth: int,
+        prefill_tail: int = 1,
+        clock: Callable[[], int],
     ) -> None:
         self.pool = pool
-        self.page_size = page_size
         self.max_residents = max_residents
         self.max_rows = max_rows
+        self.full_depth = full_depth
+        self.prefill_tail = prefill_tail
         self.clock = clock
         self.waiting: deque[Sequence] = deque()
         self.residents: list[Sequence] = []
@@ -82,18 +92,22 @@ class Scheduler:
         for sequence in [s for s in self.residents if not s.is_decoding]:
             if budget <= 0:
                 break
-            count = min(budget, sequence.num_uncomputed)
-            prefill.append(ScheduledSpan(sequence, count, is_decode=False))
-            budget -= count
+            prefill.append(self._prefill_span(sequence, budget))
+            budget -= prefill[-1].count
         while budget > 0 and (admitted := self._admit()) is not None:
-            count = min(budget, admitted.num_uncomputed)
-            prefill.append(ScheduledSpan(admitted, count, is_decode=False))
-            budget -= count
+            prefill.append(self._prefill_span(admitted, budget))
+            budget -= prefill[-1].count
         return decode + prefill
 
     def launch_ended(self) -> None:
         """The launch of the last ``schedule`` has run. Without this the next ``schedule`` takes it to have failed."""
         self._is_launched = False
+        self.pool.launch_ended()
+
+    def token_chosen(self, sequence: Sequence) -> None:
+        """Its newest token was noted, and all before it are computed: a page of the answer may have become full."""
+        if sequence.num_computed % self.pool.page_size == 0:
+            self._share(sequence, sequence.num_computed, is_computed=True)
 
     def waiting_for_stage(self, stage: int) -> list[Sequence]:
         """Residents whose newest token has run every stage before ``stage`` and waits for it."""
@@ -115,8 +129,29 @@ class Scheduler:
                 spans.append(ScheduledSpan(sequence, 1, is_decode=True))
         return spans
 
+    def _prefill_span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
+        count = min(budget, sequence.num_uncomputed)
+        self._share(sequence, min(sequence.num_computed + count, len(sequence.prompt_ids)), is_computed=False)
+        return ScheduledSpan(sequence, count, is_decode=False)
+
+    def _share(self, sequence: Sequence, num_tokens: int, *, is_computed: bool) -> None:
+        """Make the full pages of its first ``num_tokens`` tokens findable.
+
+        Up to the first page with a token that exited early, whose K/V, and those of all tokens after it, are not full
+        depth's; or up to a page that another sequence had computed first.
+        """
+        size, prefix = self.pool.page_size, sequence.prefix
+        while (end := (len(prefix) + 1) * size) <= num_tokens:
+            if any(depth < self.full_depth for depth in sequence.depths(end - size, size)):
+                return
+            tokens, page = tuple(sequence.tokens(end - size, size)), sequence.pages[len(prefix)]
+            node = self.pool.add(sequence.kv_tag, prefix, tokens, page, is_computed=is_computed)
+            if node is None:
+                return
+            prefix.append(node)
+
     def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        return -(-num_tokens // self.pool.page_size)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give the sequence the pages that all its known tokens need; False when there are too few."""
@@ -137,14 +172,32 @@ class Scheduler:
             return None
         sequence = self.waiting[0]
         reserve = len(self.residents)
-        if self._pages_for(sequence.num_tokens) + reserve > self.pool.num_free or not self._grow(sequence):
+        found = self.pool.find(sequence.kv_tag, sequence.prompt_ids, self._most_cached(sequence))
+        # Pages that residents hold are had for nothing; idle ones count as free until they are held.
+        needed = self._pages_for(sequence.num_tokens) - sum(node.ref_count > 0 for node in found)
+        if needed + reserve > self.pool.num_free:
             return None
+        self.pool.hold(found)
+        sequence.prefix, sequence.pages = found, [node.page for node in found]
+        sequence.num_computed = len(found) * self.pool.page_size
+        has_grown = self._grow(sequence)
+        assert has_grown, "as many pages were free"
         self.waiting.popleft()
         self.residents.append(sequence)
         sequence.slot = self._free_slots.pop()
         if not sequence.admitted_us:
             sequence.admitted_us = self.clock()
+            sequence.num_cached_tokens = sequence.num_computed
         return sequence
+
+    def _most_cached(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that need not be computed for it: the last one chooses a token.
+
+        Of an answer none: computed again after a preemption, it must come out as it was. Where prompt tokens stop, the
+        last ones run every layer for each prompt.
+        """
+        tail = max(self.prefill_tail, 1) if sequence.exit_rules.prompt_exits else 1
+        return len(sequence.prompt_ids) - tail
 
     def _evict(self, sequence: Sequence) -> None:
         self.residents.remove(sequence)
@@ -156,7 +209,11 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _start_again(self) -> None:
-        """The last launch failed: all residents are computed again, as states that waited for a stage may be lost."""
+        """The last launch failed: all residents are computed again.
+
+        States that waited for a deeper stage may be lost with it, and pages that it was to fill may be shared by others
+        than the sequence that was to fill them.
+        """
         for sequence in self.residents[::-1]:
             self._send_back(sequence)
 
@@ -166,5 +223,6 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _free_pages(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
+        self.pool.release(sequence.pages[len(sequence.prefix) :])
+        self.pool.let_go(sequence.prefix)
         sequence.forget_computed()

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tide_ray.engine.detokenizer import Detokenizer
+from tide_ray.engine.prefix_cache import PrefixNode
 from tide_ray.types import Logprob, SamplingParams
 
 
@@ -47,7 +48,9 @@ class Sequence:
     """State of one continuation (completion ``index`` of a request).
 
     ``num_computed`` counts tokens whose K/V are in the pages. All tokens but the newest are computed while decoding;
-    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled.
+    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled. ``prefix`` are its first
+    pages as others may share them, full and never written again; ``num_cached_tokens`` counts prompt tokens whose pages
+    were there when it was first admitted.
     """
 
     request_id: str
@@ -71,6 +74,8 @@ class Sequence:
     waiting_score: float = math.nan  # of the gate it passed last, while it waits for ``stage``
     pending: list[PendingState] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    prefix: list[PrefixNode] = field(default_factory=list)
+    num_cached_tokens: int = 0
     admitted_us: int = 0
     last_token_us: int = 0
     finish_reason: str | None = None
@@ -100,9 +105,23 @@ class Sequence:
             return self.output_ids[start - prompt_length : start - prompt_length + count]
         return (self.prompt_ids[start : start + count] + self.output_ids)[:count]
 
+    @property
+    def kv_tag(self) -> bool:
+        """Tells apart K/V of prompts that run every layer and of prompts whose tokens may stop."""
+        return self.exit_rules.prompt_exits
+
+    def depths(self, start: int, count: int) -> list[int]:
+        """Depths of the computed tokens of the answer at positions ``start`` to ``start + count``.
+
+        A token's own depth is that of the token it chose, the next one.
+        """
+        first = max(start - len(self.prompt_ids), 0) + 1
+        return self.exit_layers[first : max(start + count - len(self.prompt_ids), 0) + 1]
+
     def forget_computed(self) -> None:
         """Nothing of it is computed any more: its pages were taken away."""
         self.pages = []
+        self.prefix = []
         self.num_computed = self.stage = 0
         self.pending.clear()
 
