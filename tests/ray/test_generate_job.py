@@ -44,12 +44,35 @@ def test_two_actors_answer_every_row_once_as_the_bare_engine_does(job: Any) -> N
     assert (run["rows"], run["errors"], run["num_actors"]) == (job.NUM_ROWS, 0, 2)
     assert run["tokens"] == sum(row["num_generated_tokens"] for row in rows) == run["generated_tokens"]
     assert run["mean_depth"] == engine.num_layers
-    # Prompt rows and all but the last token of each answer went through every layer, over both actors.
+    # Prompt rows that were not cached and all but the last token of each answer went through every layer, over both
+    # actors.
     rows_run = sum(row["num_input_tokens"] + row["num_generated_tokens"] - 1 for row in rows)
-    assert run["counters"]["rows_through_layer"] == [rows_run] * engine.num_layers
+    num_cached = run["counters"]["num_cached_tokens"]
+    assert run["counters"]["rows_through_layer"] == [rows_run - num_cached] * engine.num_layers
     assert run["engine"]["device"] == "cpu"
     for text in ("tokens/s", "mean depth", str(job.NUM_ROWS)):
         assert text in printed
+
+
+def test_a_shared_system_prompt_is_computed_once_and_changes_no_answer(job: Any) -> None:
+    options = {"system_prompt": "Answer in one short word. " * 3, "batch_size": job.NUM_ROWS, "max_num_seqs": 4}
+    code, printed = job.run(prefix_caching=False, **options)
+    assert code == 0
+    plain, run = {row["row_id"]: row["generated_tokens"] for row in job.rows("data")}, job.facts()
+    assert (run["prefix_hit_rate"], run["engine"]["prefix_caching"]) == (0.0, False)
+    assert "prompt from cache" not in printed
+    num_input = run["counters"]["num_prompt_tokens"]
+
+    job.out = job.out.with_name("shared")
+    code, printed = job.run(**options)
+    assert code == 0
+    rows, run = job.rows("data"), job.facts()
+    assert {row["row_id"]: row["generated_tokens"] for row in rows} == plain
+    assert run["counters"]["num_prompt_tokens"] == sum(row["num_input_tokens"] for row in rows) == num_input
+    # All rows but one find the two whole pages of 32 tokens in the system prompt's 80.
+    assert run["counters"]["num_cached_tokens"] >= 64 * (job.NUM_ROWS - 1)
+    assert run["prefix_hit_rate"] == round(run["counters"]["num_cached_tokens"] / num_input, 4)
+    assert f"{run['prefix_hit_rate']:.1%}" in printed
 
 
 def test_rejected_rows_go_to_errors_and_their_neighbours_are_answered(job: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tide_ray.data.reports import Reporter, Reports
+from tide_ray.data.run_facts import prefix_hit_rate
 
 
 def batch(rows: int, tokens: int) -> dict[str, int]:
@@ -56,3 +57,8 @@ def test_before_any_actor_is_up_there_is_nothing_to_tell(tmp_path: Path) -> None
     assert reports.totals()["engines"] == 0
     assert reports.failure() is None
     assert reports.engine_facts() == {}
+
+
+def test_the_hit_rate_is_that_of_all_prompt_tokens_and_nothing_without_any() -> None:
+    assert prefix_hit_rate({"num_prompt_tokens": 400, "num_cached_tokens": 150}) == 0.375
+    assert prefix_hit_rate({"num_prompt_tokens": 0, "num_cached_tokens": 0}) == prefix_hit_rate({}) == 0.0

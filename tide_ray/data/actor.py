@@ -194,6 +194,8 @@ class Generator:
         }
         engine = {
             "rows_through_layer": list(stats.rows_through_layer),
+            "num_prompt_tokens": stats.num_prompt_tokens,
+            "num_cached_tokens": stats.num_cached_tokens,
             "num_steps": stats.num_steps,
             "num_preemptions": stats.num_preemptions,
             "launches": dict(stats.launches),

@@ -19,7 +19,7 @@ from tide_ray.data.job_folder import JobError, JobFolder
 from tide_ray.data.lock import locked
 from tide_ray.data.progress import ProgressBar
 from tide_ray.data.reports import Reports
-from tide_ray.data.run_facts import job_fields, print_summary, software_versions
+from tide_ray.data.run_facts import job_fields, prefix_hit_rate, print_summary, software_versions
 from tide_ray.data.snapshot import Snapshot, write_snapshot
 from tide_ray.types import UserError
 
@@ -124,12 +124,13 @@ class _Generation:
                         dataset.write_datasink(sink)
                 except Exception as error:  # Ray wraps what happened in a worker in errors of many kinds
                     raise _explained(error, self.reports.failure()) from error
-        totals = self.reports.totals()
+        totals, counters = self.reports.totals(), self.reports.counters()
         seconds = totals["seconds"]
         return {
             "engine": self.reports.engine_facts(),
             "final_exits": self.reports.final_exits(),
-            "counters": self.reports.counters(),
+            "counters": counters,
+            "prefix_hit_rate": prefix_hit_rate(counters),
             "num_actors": self.config.num_actors,
             "wall_seconds": round(time.perf_counter() - start, 3),
             "generation_seconds": round(seconds, 3),

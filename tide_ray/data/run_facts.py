@@ -28,7 +28,9 @@ EXIT_FIELDS = (
 def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapshot) -> dict[str, Any]:
     """The fields that must agree between attempts at one output folder: everything that changes an answer or a column.
 
-    Where and how fast it runs (device, actors, batch sizes, threads) may differ.
+    Where and how fast it runs (device, actors, batch sizes, threads, prefix caching) may differ. With prefill exits a
+    shared prefix does reach the answers, as it keeps the choice made for the prompt that came first; but which one that
+    is differs between any two attempts.
     """
     return {
         "model_identity": model_identity,
@@ -57,6 +59,12 @@ def software_versions() -> dict[str, str]:
     return {"python": python_version(), **{name: version(name) for name in REPORTED_PACKAGES}}
 
 
+def prefix_hit_rate(counters: Mapping[str, Any]) -> float:
+    """Share of the prompts' tokens whose K/V came from the prefix cache, from the engines' summed counters."""
+    num_prompt_tokens = counters.get("num_prompt_tokens", 0)
+    return round(counters["num_cached_tokens"] / num_prompt_tokens, 4) if num_prompt_tokens else 0.0
+
+
 def print_summary(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
     """The closing table. ``facts`` are those of ``run.json``."""
     table = Table(show_header=False, title="tide-ray generate", title_justify="left")
@@ -69,5 +77,7 @@ def print_summary(console: Console, output: Path, facts: Mapping[str, Any]) -> N
         table.add_row("tokens/s", f"{facts['tokens_per_second']:,.1f}")
     if facts["tokens"]:
         table.add_row("mean depth", f"{facts['mean_depth']:.2f}")
+    if facts.get("prefix_hit_rate"):
+        table.add_row("prompt from cache", f"{facts['prefix_hit_rate']:.1%}")
     table.add_row("output", str(output))
     console.print(table)
