@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from bench_contenders import OURS
@@ -141,6 +142,24 @@ def print_quality_report(facts: dict[str, Any]) -> None:
             )
             prefill.add_row(str(row["depth"]), f"{one['share']:.0%}", *cells)
     console.print(prefill)
+
+
+def print_prefix_report(facts: dict[str, Any]) -> None:
+    """Print, for both kinds of prompts, the time with and without prefix caching."""
+    console = _headed(facts, f"{facts['prompts']} prompts, at most {facts['max_tokens']} new; {facts['rounds']} rounds")
+    table = Table(title="prefix caching", title_justify="left")
+    for column in ("prompts", "tokens each", "from cache", "seconds with", "without", "speed-up", "same answers"):
+        table.add_column(column, justify="left" if column == "prompts" else "right")
+    for row in facts["kinds"]:
+        table.add_row(
+            row["kind"],
+            f"{row['mean_prompt_tokens']:,.0f}",
+            f"{row['hit_rate']:.1%}",
+            *(f"{statistics.median(row['seconds'][name]):.2f}" for name in ("with", "without")),
+            f"{row['speedup']:.2f}",
+            f"{row['agreement']['identical_answers']:.1%}",
+        )
+    console.print(table)
 
 
 def print_calibration_report(facts: dict[str, Any]) -> None:

@@ -64,8 +64,11 @@ class Workload:
         return ids
 
 
-def few_shot_texts(path: str, shots: int, count: int) -> list[str]:
-    """Questions of a JSONL file with prompt and answer, each after ``shots`` solved ones that no other question shares.
+def few_shot_texts(path: str, shots: int, count: int, *, is_shared: bool = False) -> list[str]:
+    """Questions of a JSONL file with prompt and answer, each after ``shots`` solved ones.
+
+    Args:
+        is_shared: the solved ones are the same for all questions; otherwise each question has its own.
 
     Raises:
         UserError: the file has too few rows, or rows without the two columns.
@@ -77,9 +80,10 @@ def few_shot_texts(path: str, shots: int, count: int) -> list[str]:
         raise UserError(f"few_shot needs JSONL with prompt and answer, got {path!r} ({error})") from None
     if count * (shots + 1) > len(rows):
         raise UserError(f"limit: {path!r} has {len(rows)} rows, {count} prompts of {shots} shots need more")
+    firsts = [count + (0 if is_shared else n * shots) for n in range(count)]
     return [
-        "\n\n".join([*solved[count + n * shots : count + (n + 1) * shots], f"Question: {rows[n]['prompt']}\nAnswer:"])
-        for n in range(count)
+        "\n\n".join([*solved[first : first + shots], f"Question: {rows[n]['prompt']}\nAnswer:"])
+        for n, first in enumerate(firsts)
     ]
 
 

@@ -3,7 +3,8 @@
 ``python jobs/benchmark.py throughput`` compares the engine at full depth with HuggingFace ``generate`` in static
 batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``peers``
 compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures forced
-exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement.
+exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement, ``prefix`` what prompts
+that begin alike save. In all others prefix caching is off: rounds repeat their prompts, and everyone computes them.
 """
 
 from __future__ import annotations
@@ -238,6 +239,40 @@ def quality(
             num_threads=machine["num_threads"],
         )
     finish("quality", machine, measured, print_quality_report, output)
+
+
+@app.command()
+def prefix(
+    few_shot: Annotated[str, typer.Argument(help="JSONL with prompt and answer: questions after solved ones")],
+    shots: Shots = 8,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 32,
+    max_num_seqs: Annotated[int, typer.Option(help="resident sequences")] = 64,
+    rounds: Rounds = 3,
+    num_threads: NumThreads = None,
+    limit: Annotated[int, typer.Option(help="prompts")] = 64,
+    output: Output = None,
+) -> None:
+    """Prefix caching on and off: questions behind the same solved examples, and behind examples of their own."""
+    with user_errors():
+        from bench_machine import machine_facts, num_cores
+        from bench_prefix import run_prefix
+        from bench_report import print_prefix_report
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_prefix(
+            few_shot,
+            shots=parse_positive("shots", shots),
+            model=model,
+            dtype=dtype,
+            max_tokens=parse_positive("max_tokens", max_tokens),
+            max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
+            rounds=parse_positive("rounds", rounds),
+            num_threads=machine["num_threads"],
+            limit=parse_positive("limit", limit),
+        )
+    finish("prefix", machine, measured, print_prefix_report, output)
 
 
 @app.command()

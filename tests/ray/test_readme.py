@@ -36,7 +36,7 @@ def test_every_flag_that_the_readme_names_exists(monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(str(BENCHMARK.parent))  # where python looks when it runs the script itself
     commands = typer.main.get_group(runpy.run_path(str(BENCHMARK))["app"]).commands.values()
     benchmark_options = {parameter.name for command in commands for parameter in command.params}
-    flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
+    flags = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
     others = {"working-dir", "help", "config"}  # ray's own, and the two that are not settings
     fields = {*GenerateJobConfig.model_fields, *CalibrationConfig.model_fields, *benchmark_options}
     assert flags - others <= {name.replace("_", "-") for name in fields}
