@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tide_kernels.cpu import PARALLEL_FROM, jit, launch
 from tide_kernels.kv_write import copy_rows
-from tide_kernels.layer_vectors import add_numbers
+from tide_kernels.layer_vectors import TILE_OUTPUTS, add_numbers
 from tide_kernels.paged_attention_cpu import attend_kernel
 from tide_kernels.rms_norm import normalise
 from tide_kernels.rotary import turn_rows
 from tide_kernels.silu_mul import gate_rows
-from tide_kernels.tiled_linear import TILE_OUTPUTS, TiledWeights, multiply
+from tide_kernels.tiled_linear import TiledWeights, multiply
 from tide_kernels.vectors import MAX_LANES
 
 ITEM_BYTES = 2

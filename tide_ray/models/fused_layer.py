@@ -16,8 +16,9 @@ from tide_kernels.decoder_layer import LayerWeights, decode_layer
 from tide_kernels.rms_norm import add_rms_norm, rms_norm
 from tide_kernels.rotary import rotate
 from tide_kernels.silu_mul import silu_mul
+from tide_kernels.tiled_linear import TiledWeights
 from tide_ray.models.layer_calls import LayerCall
-from tide_ray.models.packed_linear import DECODE_ROWS
+from tide_ray.models.packed_linear import DECODE_ROWS, PackedLinear
 from tide_ray.models.row_cache import RowCache
 
 
@@ -139,15 +140,29 @@ class FusedLayer(nn.Module):
 
     def tiled_weights(self) -> LayerWeights | None:
         """What the kernel for decode rows reads, once weights are packed; None where some do not lie as it needs."""
-        tiled = [getattr(linear, "tiled", None) for linear in (self.qkv, self.out, self.gate_up, self.down)]
-        if any(one is None for one in tiled):
-            return None
+        products: list[TiledWeights] = []
+        for linear in (self.qkv, self.out, self.gate_up, self.down):
+            if not isinstance(linear, PackedLinear) or linear.tiled is None:
+                return None
+            products.append(linear.tiled)
+        qkv, out, gate_up, down = products
+        query_norm, key_norm = self.head_norms or (None, None)
         ask = self.attention
-        norms = [self.first_norm, self.second_norm, *(self.head_norms or (None, None))]
         return LayerWeights(
-            *(None if norm is None else norm.weight for norm in norms),
-            *tiled,
-            eps=tuple(0.0 if norm is None else norm.eps for norm in norms),
+            first_norm=self.first_norm.weight,
+            second_norm=self.second_norm.weight,
+            query_norm=None if query_norm is None else query_norm.weight,
+            key_norm=None if key_norm is None else key_norm.weight,
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            eps=(
+                self.first_norm.eps,
+                self.second_norm.eps,
+                0.0 if query_norm is None else query_norm.eps,
+                0.0 if key_norm is None else key_norm.eps,
+            ),
             num_heads=self.num_heads,
             num_kv_heads=self.num_turned - self.num_heads,
             head_dim=self.head_dim,
