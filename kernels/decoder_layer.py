@@ -90,7 +90,11 @@ def decode_layer(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer
 
     Returns:
         ``[1, N, D]``.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit together.
     """
+    _check(hidden, cos, sin, places, layer)
     hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
     num_rows = hidden.shape[1]
     width, num_heads, kv_heads, inner = layer.sizes
@@ -116,6 +120,23 @@ def decode_layer(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer
         layer.window,
     )
     return out
+
+
+def _check(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer: LayerWeights) -> None:
+    num_rows, (keys, values) = hidden.shape[1], (places.key_pages, places.value_pages)
+    pools = keys.shape[1], keys.shape[3]
+    if hidden.shape != (1, num_rows, layer.sizes[0]) or pools != (layer.num_kv_heads, layer.head_dim):
+        raise ValueError(f"rows {tuple(hidden.shape)} and pages {tuple(keys.shape)} do not fit the layer {layer.sizes}")
+    if cos.shape != (num_rows, layer.head_dim) or sin.shape != cos.shape or keys.shape != values.shape:
+        raise ValueError(f"tables {tuple(cos.shape)}, {tuple(sin.shape)} or values {tuple(values.shape)} do not fit")
+    if any(len(of_rows) != num_rows for of_rows in (places.page_numbers, places.offsets, places.table, places.lengths)):
+        raise ValueError(f"places of {len(places.page_numbers)} rows do not fit {num_rows} rows")
+    if any(t.dtype != torch.bfloat16 for t in (hidden, cos, sin, keys, values)):
+        raise ValueError(f"rows, tables and pages must be bfloat16, got {hidden.dtype}, {cos.dtype}, {keys.dtype}")
+    if places.page_numbers.dtype != torch.long or places.table.dtype != torch.int32:
+        raise ValueError(f"places must be long and int32, got {places.page_numbers.dtype}, {places.table.dtype}")
+    if not all(t.is_contiguous() for t in (keys, values, places.table, places.page_numbers, places.offsets)):
+        raise ValueError("pages and places must be contiguous")
 
 
 @functools.cache

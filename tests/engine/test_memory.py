@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
 from tide_ray.engine import memory
 from tide_ray.engine.engine import position_limit
 from tide_ray.engine.kv_cache import KVCache, page_bytes
-from tide_ray.engine.memory import DEFAULT_MODEL_LEN, KNEE, MemoryPlan, container_room, free_memory, plan_memory
+from tide_ray.engine.memory import (
+    DEFAULT_MODEL_LEN,
+    KNEE,
+    MemoryPlan,
+    container_room,
+    free_memory,
+    peak_memory,
+    plan_memory,
+)
 from tide_ray.models.adapter import Adapter, KVShape
 from tiny_models import MAX_POSITIONS, build_tiny_model
 
@@ -212,3 +222,22 @@ def test_a_container_over_its_limit_has_no_room(tmp_path: Path) -> None:
 def test_without_a_limit_there_is_no_bound(tmp_path: Path) -> None:
     assert container_room(tmp_path) is None
     assert container_room(control_group(tmp_path, {"memory.max": "max\n"})) is None
+
+
+def test_memory_does_not_grow_over_a_long_run(make_engine: Callable[..., TideEngine]) -> None:
+    engine = make_engine(max_num_seqs=8)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+    def resident_bytes() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def answer(rounds: range) -> None:
+        for number in rounds:
+            engine.generate([[number % 200 + 3, row + 3, *range(3, 40)] for row in range(8)], params)
+
+    answer(range(15))
+    before = resident_bytes()
+    answer(range(15, 60))
+    assert resident_bytes() - before < 4 << 20
+    assert peak_memory(torch.device("cpu"))["peak_rss_bytes"] > 0.9 * before

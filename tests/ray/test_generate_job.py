@@ -47,6 +47,9 @@ def test_two_actors_answer_every_row_once_as_the_bare_engine_does(job: Any) -> N
     # Prompt rows that were not cached and all but the last token of each answer went through every layer, over both
     # actors.
     rows_run = sum(row["num_input_tokens"] + row["num_generated_tokens"] - 1 for row in rows)
+    assert len(run["actors"]) == 2
+    assert all(actor["startup_seconds"] > 0 for actor in run["actors"])
+    assert any(actor.get("peak_rss_bytes", 0) > 2**28 for actor in run["actors"]), "torch alone takes that"
     num_cached = run["counters"]["num_cached_tokens"]
     assert run["counters"]["rows_through_layer"] == [rows_run - num_cached] * engine.num_layers
     assert run["engine"]["device"] == "cpu"

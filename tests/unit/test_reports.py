@@ -21,11 +21,13 @@ def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
     monkeypatch.setattr("tide_ray.data.reports.time.time", lambda: next(clock))
     first, second = (Reporter(str(tmp_path / "reports"), name) for name in ("a", "b"))
     for reporter in (first, second):
-        reporter.engine_started({"model": "demo"})
+        reporter.engine_started({"model": "demo"}, 4.5)
         reporter.rows_arrived()
     first.rows_arrived()  # later rows do not start the clock again
-    first.batch_done(batch(2, 50), {"num_steps": 7, "launches": {"full": 7}}, None)
-    second.batch_done(batch(3, 70), {"num_steps": 5, "launches": {"full": 5}}, {"boundaries_on": [True]})
+    first.batch_done(batch(2, 50), {"num_steps": 7, "launches": {"full": 7}}, None, {"peak_rss_bytes": 900})
+    second.batch_done(
+        batch(3, 70), {"num_steps": 5, "launches": {"full": 5}}, {"boundaries_on": [True]}, {"peak_rss_bytes": 800}
+    )
 
     reports = Reports(str(tmp_path / "reports"))
 
@@ -33,13 +35,17 @@ def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
     assert reports.counters() == {"num_steps": 12, "launches": {"full": 12}}
     assert reports.engine_facts() == {"model": "demo"}
     assert reports.final_exits() == [{"boundaries_on": [True]}]
+    assert reports.processes() == [
+        {"startup_seconds": 4.5, "peak_rss_bytes": 900},
+        {"startup_seconds": 4.5, "peak_rss_bytes": 800},
+    ]
     assert reports.failure() is None
 
 
 def test_counters_are_the_engines_own_since_its_start_and_are_not_added_up_over_batches(tmp_path: Path) -> None:
     reporter = Reporter(str(tmp_path), "a")
-    reporter.batch_done(batch(1, 10), {"num_steps": 4}, None)
-    reporter.batch_done(batch(1, 10), {"num_steps": 9}, None)
+    reporter.batch_done(batch(1, 10), {"num_steps": 4}, None, {})
+    reporter.batch_done(batch(1, 10), {"num_steps": 9}, None, {})
     assert Reports(str(tmp_path)).counters() == {"num_steps": 9}
     assert Reports(str(tmp_path)).totals()["tokens"] == 20
 

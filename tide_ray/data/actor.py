@@ -29,6 +29,7 @@ from tide_ray.data.reports import Reporter
 from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, GATE_SCORES_COLUMN, SCORES, TIMES, TOKEN_IDS
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
+from tide_ray.engine.memory import peak_memory
 from tide_ray.types import Prompt, RequestOutput, SamplingParams, UserError
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Generator:
 
     def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions) -> None:
         self._options = options
+        start = time.perf_counter()
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._reporter = Reporter(options.reports_folder, name) if options.reports_folder else None
         try:
@@ -106,7 +108,7 @@ class Generator:
             raise
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
         if self._reporter is not None:
-            self._reporter.engine_started(self._engine.describe())
+            self._reporter.engine_started(self._engine.describe(), time.perf_counter() - start)
 
     def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
         engine = TideEngine.from_pretrained(model, config)
@@ -203,7 +205,8 @@ class Generator:
             "num_prefill_exits": stats.num_prefill_exits,
             "deferred_rows": dict(stats.deferred_rows),
         }
-        self._reporter.batch_done(totals, engine, self._engine.describe_exits())
+        memory = peak_memory(self._engine.model.device)
+        self._reporter.batch_done(totals, engine, self._engine.describe_exits(), memory)
 
     def _report_failure(self, error: Exception) -> None:
         if self._reporter is not None:

@@ -129,6 +129,7 @@ class _Generation:
         return {
             "engine": self.reports.engine_facts(),
             "final_exits": self.reports.final_exits(),
+            "actors": self.reports.processes(),
             "counters": counters,
             "prefix_hit_rate": prefix_hit_rate(counters),
             "num_actors": self.config.num_actors,

@@ -28,19 +28,25 @@ class Reporter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._report: dict[str, Any] = {"totals": dict.fromkeys(TOTALS, 0)}
 
-    def engine_started(self, facts: dict[str, Any]) -> None:
-        """``facts``: what the engine says of itself."""
-        self._write(engine=facts)
+    def engine_started(self, facts: dict[str, Any], seconds: float) -> None:
+        """``facts``: what the engine says of itself; ``seconds``: what loading it and warming it up took."""
+        self._write(engine=facts, process={"startup_seconds": round(seconds, 3)})
 
     def rows_arrived(self) -> None:
         """The first rows are here: generating begins, and starting up (Ray's and the engine's) is over."""
         if "first_rows" not in self._report:
             self._write(first_rows=time.time())
 
-    def batch_done(self, totals: dict[str, int], counters: dict[str, Any], exits: dict[str, Any] | None) -> None:
-        """Add one batch's ``totals``; ``counters`` and ``exits`` (the launch plan) are the engine's as they are now."""
+    def batch_done(
+        self, totals: dict[str, int], counters: dict[str, Any], exits: dict[str, Any] | None, memory: dict[str, int]
+    ) -> None:
+        """Add one batch's ``totals``.
+
+        ``counters``, ``exits`` (the launch plan) and ``memory`` (``peak_memory``) are the engine's as they are now.
+        """
         summed = {key: self._report["totals"][key] + totals[key] for key in TOTALS}
-        self._write(totals=summed, counters=counters, exits=exits, last_batch=time.time())
+        process = {**self._report.get("process", {}), **memory}
+        self._write(totals=summed, counters=counters, exits=exits, process=process, last_batch=time.time())
 
     def failed(self, message: str, is_user_error: bool) -> None:
         """Why this actor cannot go on. The first failure is kept: later ones are its consequences."""
@@ -86,6 +92,10 @@ class Reports:
     def final_exits(self) -> list[dict[str, Any]]:
         """What each engine's launch planner had come to at its last batch; empty without exits."""
         return [report["exits"] for report in self._read() if report.get("exits")]
+
+    def processes(self) -> list[dict[str, Any]]:
+        """How long each actor's engine took to start, and the most memory the actor has held."""
+        return [report["process"] for report in self._read() if "process" in report]
 
     def counters(self) -> dict[str, Any]:
         """The engines' counters, summed."""

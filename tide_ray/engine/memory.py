@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def free_memory(device: torch.device) -> int:
     available = int(facts["MemAvailable"].split()[0]) * 1024
     room = container_room(Path("/sys/fs/cgroup"))
     return available if room is None else min(available, room)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Most bytes that this process has held: of RAM, and of a GPU's memory as far as torch gave it out."""
+    peaks = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peaks
 
 
 def container_room(root: Path) -> int | None:
