@@ -132,6 +132,7 @@ def test_skip_layers_must_be_a_list_of_layer_numbers(value: Any) -> None:
         ({"exits": "r", "exit_min_depth": -1}, "exit_min_depth must be an integer of at least 0, got -1"),
         ({"exits": "r", "kv_policy": "zero"}, "kv_policy must be one of fitted, copy, deferred, full, got 'zero'"),
         ({"exits": "r", "exits_when": "never"}, "exits_when must be one of pays, always, got 'never'"),
+        ({"compile": "on"}, "compile must be one of auto, off, got 'on'"),
         ({"prefill_share": 0.5}, "prefill_share needs exits, a router checkpoint, got 0.5"),
         ({"exit_threshold": 0.5}, "exit_threshold needs exits, a router checkpoint, got 0.5"),
     ],
