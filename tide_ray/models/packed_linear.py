@@ -22,8 +22,8 @@ from tide_kernels.tiled_linear import ROWS_AT_ONCE, TiledWeights, tiled_linear, 
 from tide_kernels.vectors import compiles_for, has_pair_products
 
 # Rows up to which our products are no slower than oneDNN's. Measured on a CPU with AVX-512 BF16, where they always are
-# and a row's numbers then never depend on how many there are. With tile products (AMX) oneDNN computes many rows several
-# times faster, and without products of pairs ours only read weights faster.
+# and a row's numbers then never depend on how many there are. With tile products (AMX) oneDNN computes many rows much
+# faster, and without products of pairs ours only read weights faster.
 DECODE_ROWS = (16 if compiles_for("amx-bf16") else 2**16) if has_pair_products() else 4
 
 logger = logging.getLogger(__name__)
