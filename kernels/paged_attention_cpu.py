@@ -1,7 +1,7 @@
 """Decode attention over paged K/V on a CPU, in Numba: streams each page once, float32 accumulation.
 
-bfloat16 is read and rounded as 16-bit patterns. Work is split by (row, K/V head); each task scores all tokens that its
-group of query rows sees, turns the scores into weights, and sums the values.
+bfloat16 is read and rounded as 16-bit patterns. Work is split by row, or by row and K/V head where rows are few; each
+task scores all tokens that its query rows see, turns the scores into weights, and sums the values.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tide_kernels.attention_vectors import (
 from tide_kernels.cpu import KERNEL_DTYPES, jit, launch, with_whole_heads
 from tide_kernels.vectors import MAX_LANES, has_pair_products, int32_at
 
+MIN_ROWS, MAX_SCORES = 16, 2**17
 # Reassociation and contraction let the compiler vectorise sums; infinities and NaN keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 
@@ -49,7 +50,7 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
 
     @jit(fastmath=FAST_MATH, error_model="numpy", boundscheck=False)
     def attend_one(  # type: ignore[no-untyped-def]
-        query, key_pool, value_pool, out, pages, kv_heads, kv_head, begin, end, later, scale, softcap
+        query, key_pool, value_pool, out, pages, kv_heads, first_head, num_here, begin, end, later, scale, softcap
     ):
         first, last = begin // page_size, (end + page_size - 1) // page_size
         base = first * page_size  # tokens are numbered from the first page's first one
@@ -57,23 +58,31 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
         start = low // block * block
         num_vectors = (high - start + MAX_LANES - 1) // MAX_LANES
         padded = start + num_vectors * MAX_LANES
-        scores = np.empty((group, max(padded, (last - first) * page_size)), np.float32)
-        total = np.zeros((group, head_dim), np.float32)
+        num_queries = num_here * group
+        scores = np.empty((num_queries, max(padded, (last - first) * page_size)), np.float32)
+        total = np.zeros((num_queries, head_dim), np.float32)
         score_address, stride = scores.ctypes.data, scores.shape[1] * 4
         # Whole blocks are scored: a page is there to its end, and what lies past the sequence's is not looked at.
         for p in range(first, last):
-            keys = key_pool + (int32_at(pages, p) * kv_heads + kv_head) * page_bytes
-            # Pages lie anywhere, so the hardware does not foresee the next one: of K, then the first of V.
-            next_page = int32_at(pages, p + 1 if p + 1 < last else first) * kv_heads + kv_head
-            ahead = (key_pool if p + 1 < last else value_pool) + next_page * page_bytes
+            keys = key_pool + (int32_at(pages, p) * kv_heads + first_head) * page_bytes
+            next_page = int32_at(pages, p + 1 if p + 1 < last else first) * kv_heads + first_head
             shift = (p - first) * page_size
-            for t in range(max(start - shift, 0), min(page_size, high - shift), block):
-                for g in range(0, group, rows):
-                    scored = score_address + g * stride + (shift + t) * 4
-                    asking, place = query + g * head_bytes, t * head_bytes
-                    score_block(asking, keys + place, ahead + place, scored, stride, head_dim, rows, block, item_bytes)
-        norms = np.empty(group, np.float32)
-        for g in range(group):
+            for h in range(num_here):
+                # Pages may lie anywhere, so the hardware does not foresee the next one: of K, then the first of V.
+                ahead = keys + page_bytes
+                if h + 1 == num_here:
+                    ahead = (key_pool if p + 1 < last else value_pool) + next_page * page_bytes
+                for t in range(max(start - shift, 0), min(page_size, high - shift), block):
+                    for g in range(0, group, rows):
+                        number, place = h * group + g, t * head_bytes
+                        scored = score_address + number * stride + (shift + t) * 4
+                        asking = query + number * head_bytes
+                        score_block(
+                            asking, keys + place, ahead + place, scored, stride, head_dim, rows, block, item_bytes
+                        )
+                keys += page_bytes
+        norms = np.empty(num_queries, np.float32)
+        for g in range(num_queries):
             for t in range(start, low):  # before the window
                 scores[g, t] = -np.inf
             for t in range(high, padded):
@@ -85,14 +94,19 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
                     scores[g, t] = softcap * np.tanh(scores[g, t] * scale / softcap)
             norms[g] = softmax_weights(score_address + g * stride + start * 4, num_vectors, factor, is_paired)
         for p in range(first, last):
-            values = value_pool + (int32_at(pages, p) * kv_heads + kv_head) * page_bytes
-            next_page = int32_at(pages, p + 1) * kv_heads + kv_head if p + 1 < last else later
-            ahead = (value_pool if p + 1 < last else key_pool) + next_page * page_bytes
+            values = value_pool + (int32_at(pages, p) * kv_heads + first_head) * page_bytes
+            next_page = int32_at(pages, p + 1) * kv_heads + first_head if p + 1 < last else later
             shift = (p - first) * page_size
             begins = max(start - shift, 0)
-            weights = score_address + start * 4 + (shift + begins - start) * weight_bytes
-            add_block(values, ahead, total.ctypes.data, weights, stride, begins, min(page_size, high - shift))
-        for g in range(group):
+            for h in range(num_here):
+                ahead = values + page_bytes
+                if h + 1 == num_here:
+                    ahead = (value_pool if p + 1 < last else key_pool) + next_page * page_bytes
+                sums = total.ctypes.data + h * group * sum_bytes
+                weights = score_address + h * group * stride + start * 4 + (shift + begins - start) * weight_bytes
+                add_block(values, ahead, sums, weights, stride, begins, min(page_size, high - shift))
+                values += page_bytes
+        for g in range(num_queries):
             inverse = float32(1) / norms[g]
             store_scaled(total.ctypes.data + g * sum_bytes, out + g * head_bytes, inverse, head_dim, item_bytes)
 
@@ -100,13 +114,18 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
     def attend_all(  # type: ignore[no-untyped-def]
         query, row_step, keys, values, out, table, table_width, lengths, num_rows, kv_heads, scale, softcap, window
     ):
-        num_tasks = num_rows * kv_heads
+        # K and V of a page's heads lie together, and are read together unless that leaves threads without work or the
+        # scores of all heads leave the cache.
+        is_whole = num_rows >= MIN_ROWS and kv_heads * group * table_width * page_size <= MAX_SCORES
+        num_here = kv_heads if is_whole else 1
+        parts = kv_heads // num_here
+        num_tasks = num_rows * parts
         out_step, group_bytes = kv_heads * group * head_bytes, group * head_bytes
         for task in prange(num_tasks):
-            row, kv_head = task // kv_heads, task % kv_heads
+            row, kv_head = task // parts, task % parts * num_here
             end = int32_at(lengths, row)
             begin = max(0, end - window) if window > 0 else 0
-            next_row, next_head = min(task + 1, num_tasks - 1) // kv_heads, (task + 1) % kv_heads
+            next_row, next_head = min(task + 1, num_tasks - 1) // parts, (task + 1) % parts * num_here
             next_end = int32_at(lengths, next_row)
             next_page = (next_end - window) // page_size if window > 0 and next_end > window else 0
             later = int32_at(table, next_row * table_width + next_page) * kv_heads + next_head
@@ -118,6 +137,7 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
                 table + row * table_width * 4,
                 kv_heads,
                 kv_head,
+                num_here,
                 begin,
                 end,
                 later,

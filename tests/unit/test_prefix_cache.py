@@ -7,6 +7,8 @@ import random
 import pytest
 
 from references import cached_nodes
+from tide_ray.engine import kv_cache
+from tide_ray.engine.kv_cache import PAGES_PER_EXTENT
 from tide_ray.engine.prefix_cache import PrefixCache, PrefixNode
 
 PAGE_SIZE = 4
@@ -77,7 +79,10 @@ def test_the_first_page_with_some_tokens_stays_and_the_second_is_its_owners() ->
     assert found(cache, [1, 2, 3, 4]) == [first]
 
 
-def test_pages_that_nobody_holds_count_as_free_and_go_last_used_last_and_children_first() -> None:
+def test_pages_that_nobody_holds_count_as_free_and_go_last_used_last_and_children_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_cache, "PAGES_PER_EXTENT", 1)  # no page is given up for the sake of its neighbours
     cache = PrefixCache(6, PAGE_SIZE)
     remember(cache, [1] * 8)
     remember(cache, [2] * 8)
@@ -90,6 +95,16 @@ def test_pages_that_nobody_holds_count_as_free_and_go_last_used_last_and_childre
     assert left == [(2, 2), (2, 2), (1, 2), (1, 1), (1, 0), (0, 0)]
     assert cache.num_free == 0
     assert cache.allocate(1) is None
+
+
+def test_a_sequence_that_starts_takes_the_oldest_idle_ones_place_when_no_extent_is_free() -> None:
+    """Else its pages would lie wherever one is free, and reading them would take twice as long."""
+    cache = PrefixCache(3 * PAGES_PER_EXTENT, PAGE_SIZE)
+    starts = [remember(cache, [token] * 8)[0] for token in (1, 2, 3)]
+    assert not cache.has_free_extent
+    assert cache.num_free == 3 * PAGES_PER_EXTENT
+    assert cache.allocate(4) == list(range(starts[0], starts[0] + 4))
+    assert [len(found(cache, [token] * 8)) for token in (1, 2, 3)] == [0, 2, 2]
 
 
 def test_a_page_that_is_held_is_never_given_up() -> None:

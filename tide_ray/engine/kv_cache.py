@@ -18,26 +18,62 @@ from torch import Tensor
 from tide_kernels.kv_write import write_kv
 from tide_ray.models.adapter import KVShape
 
+PAGES_PER_EXTENT = 8
+
 
 class PagePool:
-    """Free page numbers. Allocation is all or nothing."""
+    """Free page numbers. Allocation is all or nothing.
+
+    A sequence's pages follow one another where there is room: reading K/V that lie apart is half as fast, as the
+    hardware foresees only what follows. So page numbers come in extents, a sequence starts in a free one, and pages of
+    another's extent are given out once no extent is free.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = dict.fromkeys(range(num_pages))
+        self._num_used = [0] * -(-num_pages // PAGES_PER_EXTENT)
+        self._free_extents = dict.fromkeys(range(len(self._num_used) - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """``count`` page numbers, or None when fewer are free."""
+    @property
+    def has_free_extent(self) -> bool:
+        return bool(self._free_extents)
+
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """``count`` page numbers, or None when fewer are free; if possible the ones that follow ``after``."""
         if count > len(self._free):
             return None
-        return [self._free.pop() for _ in range(count)]
+        pages: list[int] = []
+        for _ in range(count):
+            after = self._take(None if after is None else after + 1)
+            pages.append(after)
+        return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        self._free.extend(pages)
+        for page in pages:
+            self._free[page] = None
+            extent = page // PAGES_PER_EXTENT
+            self._num_used[extent] -= 1
+            if not self._num_used[extent]:
+                self._free_extents[extent] = None
+
+    def _take(self, wished: int | None) -> int:
+        # The first page of an extent is somebody's start unless the extent is free.
+        starts = wished is not None and wished % PAGES_PER_EXTENT == 0
+        if wished in self._free and not (starts and wished // PAGES_PER_EXTENT not in self._free_extents):
+            page = wished
+        elif self._free_extents:
+            page = next(reversed(self._free_extents)) * PAGES_PER_EXTENT
+        else:
+            page = next(reversed(self._free))
+        del self._free[page]
+        self._free_extents.pop(page // PAGES_PER_EXTENT, None)
+        self._num_used[page // PAGES_PER_EXTENT] += 1
+        return page
 
 
 class KVCache:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from tide_ray.engine.kv_cache import PagePool
+from tide_ray.engine.kv_cache import PAGES_PER_EXTENT, PagePool
 
 
 @dataclass(slots=True, eq=False)
@@ -58,13 +58,19 @@ class PrefixCache(PagePool):
     def num_free(self) -> int:
         return len(self._free) + self.num_idle
 
-    def allocate(self, count: int) -> list[int] | None:
-        """``count`` page numbers, or None when fewer are free. Idle pages are given up once no others are left."""
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """As ``PagePool.allocate``.
+
+        Idle pages count as free. The oldest are given up once no others are left, or where a sequence starts and no
+        extent is free.
+        """
         if count > self.num_free:
             return None
+        if count and after is None:
+            self._free_an_extent()
         while len(self._free) < count:
             self._forget_oldest()
-        return super().allocate(count)
+        return super().allocate(count, after)
 
     def find(self, tag: Hashable, token_ids: Sequence[int], limit: int) -> list[PrefixNode]:
         """The longest run of whole pages with the first of ``token_ids``, at most ``limit`` of them. It holds none."""
@@ -119,6 +125,13 @@ class PrefixCache(PagePool):
     def clear(self) -> None:
         """Forget every page that nobody holds."""
         while self._idle:
+            self._forget_oldest()
+
+    def _free_an_extent(self) -> None:
+        """Make room for a sequence's pages to lie together: the oldest idle ones were of one sequence, mostly."""
+        for _ in range(PAGES_PER_EXTENT):
+            if self.has_free_extent or not self._idle:
+                return
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:

@@ -157,7 +157,7 @@ class Scheduler:
         """Give the sequence the pages that all its known tokens need; False when there are too few."""
         missing = self._pages_for(sequence.num_tokens) - len(sequence.pages)
         if missing > 0:
-            pages = self.pool.allocate(missing)
+            pages = self.pool.allocate(missing, after=sequence.pages[-1] if sequence.pages else None)
             if pages is None:
                 return False
             sequence.pages.extend(pages)
