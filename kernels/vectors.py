@@ -107,6 +107,12 @@ def load(builder: ir.IRBuilder, address: Any, number: int, lanes: int, item_byte
     if item_bytes == FLOAT_BYTES:
         return builder.load(pointer(builder, address, number * 4, ir.VectorType(FLOAT, lanes)), align=4)
     bits = builder.load(pointer(builder, address, number * 2, ir.VectorType(ir.IntType(16), lanes)), align=2)
+    return widened(builder, bits)
+
+
+def widened(builder: ir.IRBuilder, bits: Any) -> Any:
+    """bfloat16 patterns of 16 bits as float32."""
+    lanes = bits.type.count
     wide = ir.VectorType(ir.IntType(32), lanes)
     shifted = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * lanes))
     return builder.bitcast(shifted, ir.VectorType(FLOAT, lanes))
@@ -130,7 +136,12 @@ def store(builder: ir.IRBuilder, address: Any, number: int, value: Any) -> None:
 
 
 def round_to_bfloat16(builder: ir.IRBuilder, values: Any, lanes: int) -> Any:
-    """float32 to bfloat16 patterns, in 32 bits: to the nearest, ties to even."""
+    """float32 to bfloat16 patterns of 16 bits: to the nearest, ties to even. Denormal numbers may become zero."""
+    halves = ir.VectorType(ir.IntType(16), lanes)
+    if lanes == MAX_LANES and has_pair_products():
+        kind = ir.FunctionType(ir.VectorType(_BFloat16(), lanes), [values.type])
+        convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+        return builder.bitcast(builder.call(convert, [values]), halves)
     ints = ir.VectorType(ir.IntType(32), lanes)
 
     def everywhere(value: int) -> Any:
@@ -138,30 +149,25 @@ def round_to_bfloat16(builder: ir.IRBuilder, values: Any, lanes: int) -> Any:
 
     bits = builder.bitcast(values, ints)
     odd = builder.and_(builder.lshr(bits, everywhere(16)), everywhere(1))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, everywhere(0x7FFF))), everywhere(16))
+    nearest = builder.lshr(builder.add(bits, builder.add(odd, everywhere(0x7FFF))), everywhere(16))
     is_nan = builder.fcmp_unordered("uno", values, values)
-    return builder.select(is_nan, everywhere(0x7FC0), rounded)
-
-
-def store_rounded(builder: ir.IRBuilder, address: Any, number: int, bits: Any) -> None:
-    halves = ir.VectorType(ir.IntType(16), bits.type.count)
-    builder.store(builder.trunc(bits, halves), pointer(builder, address, number * 2, halves), align=2)
+    return builder.trunc(builder.select(is_nan, everywhere(0x7FC0), nearest), halves)
 
 
 def rounded(builder: ir.IRBuilder, values: Any, lanes: int, item_bytes: int) -> Any:
     """float32 as they come back from memory that holds ``item_bytes`` for each: rounded to bfloat16, or as they are."""
     if item_bytes == FLOAT_BYTES:
         return values
-    bits = round_to_bfloat16(builder, values, lanes)
-    return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * lanes)), values.type)
+    return widened(builder, round_to_bfloat16(builder, values, lanes))
 
 
 def store_as(builder: ir.IRBuilder, address: Any, number: int, values: Any, item_bytes: int) -> None:
     """Store float32 as they are, or rounded to bfloat16 where ``item_bytes`` is 2."""
     if item_bytes == FLOAT_BYTES:
         store(builder, address, number, values)
-    else:
-        store_rounded(builder, address, number, round_to_bfloat16(builder, values, values.type.count))
+        return
+    bits = round_to_bfloat16(builder, values, values.type.count)
+    builder.store(bits, pointer(builder, address, number * 2, bits.type), align=2)
 
 
 @contextmanager
