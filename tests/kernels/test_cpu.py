@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from llvmlite.binding import get_host_cpu_features
 from numba import config
 from numba.core.caching import CacheImpl
 
 from tide_kernels import cpu
 from tide_kernels.cpu import jit, with_whole_heads
+
+ATTENTION_TEST = "test_decode_attention_equals_plain_attention"
 
 
 def test_a_kernel_compiles_where_compiled_code_can_be_kept_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +49,27 @@ def test_code_on_disk_is_stale_once_any_kernel_file_changes(tmp_path: Path, monk
     assert [misses(), misses()] == [1, 0]
     monkeypatch.setattr(cpu, "source_digest", lambda: "of edited files")
     assert [misses(), misses()] == [1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu_name", ["x86-64-v3", "skylake-avx512"])
+def test_kernels_are_right_without_products_of_bfloat16_pairs(cpu_name: str) -> None:
+    """Code for CPUs with AVX2, and with AVX-512 but no bfloat16, run on this one."""
+    if {"x86-64-v3": "avx2", "skylake-avx512": "avx512bw"}[cpu_name] not in enabled_features():
+        pytest.skip(f"this CPU cannot run code for {cpu_name}")
+    files = [
+        Path(__file__).with_name(name) for name in ("test_tiled_linear.py", "test_silu_mul.py", "test_rms_norm.py")
+    ]
+    tests = [*map(str, files), f"{Path(__file__).with_name('test_paged_attention.py')}::{ATTENTION_TEST}"]
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu_name, "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def enabled_features() -> set[str]:
+    return {name for name, is_there in get_host_cpu_features().items() if is_there}
 
 
 def test_heads_of_a_row_are_copied_only_where_they_do_not_lie_together() -> None:
