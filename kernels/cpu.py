@@ -15,6 +15,7 @@ from typing import Any
 import numba
 import torch
 from numba import config, njit
+from numba.core.dispatcher import Dispatcher
 from torch import Tensor
 
 config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
@@ -39,12 +40,24 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
             kernel = njit(cache=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache can be written, as in many containers
             return njit(**options)(function)
-        # Numba knows code on disk for stale by the kernel's own file, but what it calls lies in others.
-        file = kernel._cache._cache_file
+        # Numba knows code on disk for stale by the kernel's own file, but what it calls lies in others; and for the
+        # same by its pickled closure, in which another kernel is never the same as in the process before.
+        cache, file = kernel._cache, kernel._cache._cache_file
         file._source_stamp = file._source_stamp, source_digest()
+        cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), _closure(function))
         return kernel
 
     return decorate
+
+
+def _closure(function: Callable[..., None]) -> str:
+    """What a function closes over, told in the same words in every process."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [
+        f"{value.py_func.__qualname__}({_closure(value.py_func)})" if isinstance(value, Dispatcher) else repr(value)
+        for value in cells
+    ]
+    return ", ".join(f"{name}={value}" for name, value in zip(function.__code__.co_freevars, values, strict=True))
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:

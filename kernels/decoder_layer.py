@@ -129,13 +129,14 @@ def _check(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer: Laye
         raise ValueError(f"rows {tuple(hidden.shape)} and pages {tuple(keys.shape)} do not fit the layer {layer.sizes}")
     if cos.shape != (num_rows, layer.head_dim) or sin.shape != cos.shape or keys.shape != values.shape:
         raise ValueError(f"tables {tuple(cos.shape)}, {tuple(sin.shape)} or values {tuple(values.shape)} do not fit")
-    if any(len(of_rows) != num_rows for of_rows in (places.page_numbers, places.offsets, places.table, places.lengths)):
+    of_rows = places.page_numbers, places.offsets, places.table, places.lengths
+    if any(len(t) != num_rows for t in of_rows):
         raise ValueError(f"places of {len(places.page_numbers)} rows do not fit {num_rows} rows")
     if any(t.dtype != torch.bfloat16 for t in (hidden, cos, sin, keys, values)):
         raise ValueError(f"rows, tables and pages must be bfloat16, got {hidden.dtype}, {cos.dtype}, {keys.dtype}")
-    if places.page_numbers.dtype != torch.long or places.table.dtype != torch.int32:
-        raise ValueError(f"places must be long and int32, got {places.page_numbers.dtype}, {places.table.dtype}")
-    if not all(t.is_contiguous() for t in (keys, values, places.table, places.page_numbers, places.offsets)):
+    if [t.dtype for t in of_rows] != [torch.long, torch.long, torch.int32, torch.int32]:
+        raise ValueError(f"places must be long, long, int32, int32, got {', '.join(str(t.dtype) for t in of_rows)}")
+    if not all(t.is_contiguous() for t in (keys, values, *of_rows)):
         raise ValueError("pages and places must be contiguous")
 
 

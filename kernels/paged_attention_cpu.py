@@ -103,7 +103,8 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
                 if h + 1 == num_here:
                     ahead = (value_pool if p + 1 < last else key_pool) + next_page * page_bytes
                 sums = total.ctypes.data + h * group * sum_bytes
-                weights = score_address + h * group * stride + start * 4 + (shift + begins - start) * weight_bytes
+                # By name and not by address, or Numba frees the scores after their last use by name above.
+                weights = scores.ctypes.data + h * group * stride + start * 4 + (shift + begins - start) * weight_bytes
                 add_block(values, ahead, sums, weights, stride, begins, min(page_size, high - shift))
                 values += page_bytes
         for g in range(num_queries):

@@ -77,6 +77,13 @@ def test_a_layer_with_llamas_parts_that_computes_otherwise_keeps_its_code(change
     assert sorted(fuse_layers(Adapter(model))) == [0, 2, 3]
 
 
+def test_a_layer_that_scales_queries_by_far_positions_keeps_its_code() -> None:
+    """Ministral 3 has LLaMA's parts, and computes as LLaMA at the near positions of any probe."""
+    model = build_tiny_model("llama")
+    model.config.rope_parameters["llama_4_scaling_beta"] = 0.1
+    assert not fuse_layers(Adapter(model))
+
+
 def test_the_models_own_forward_reads_the_fused_weights() -> None:
     model = build_tiny_model("qwen3")
     ids = torch.arange(3, 12)[None]

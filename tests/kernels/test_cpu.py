@@ -51,6 +51,29 @@ def test_code_on_disk_is_stale_once_any_kernel_file_changes(tmp_path: Path, monk
     assert [misses(), misses()] == [1, 0]
 
 
+CACHE_SCRIPT = """
+import torch
+from tide_kernels.paged_attention import paged_decode_attention
+from tide_kernels.paged_attention_cpu import attend_kernel
+pages, table, lengths = torch.ones(4, 2, 8, 16), torch.zeros(3, 2).int(), torch.full((3,), 9).int()
+assert bool((paged_decode_attention(torch.ones(3, 4, 16), pages, pages, table, lengths, scale=0.3) == 1).all())
+stats = attend_kernel(16, 2, 8, 4).stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def test_a_kernel_that_calls_others_is_found_on_disk_by_the_next_process(tmp_path: Path) -> None:
+    """Every process compiled such kernels again, and left its copy on disk."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", CACHE_SCRIPT], env=environment, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu_name", ["x86-64-v3", "skylake-avx512"])
 def test_kernels_are_right_without_products_of_bfloat16_pairs(cpu_name: str) -> None:

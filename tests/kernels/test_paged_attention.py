@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +91,23 @@ def test_scores_far_apart_do_not_overflow_or_vanish() -> None:
     case = (query * 100, keys, values, table, lengths)
     out = paged_decode_attention(*case, scale=1.0)
     torch.testing.assert_close(out.double(), plain_attention(case, 1.0, 0.0, 0), atol=1e-4, rtol=1e-4)
+
+
+LARGE_SCRIPT = """
+import torch
+from tide_kernels.paged_attention import paged_decode_attention, paged_decode_attention_reference
+generator = torch.Generator().manual_seed(0)
+pages = torch.randn(128, 1, 32, 64, generator=generator).bfloat16()
+query = torch.randn(3, 16, 64, generator=generator).bfloat16()
+case = query, pages, pages, torch.arange(128).int().repeat(3, 1), torch.tensor([4096, 4001, 3000]).int()
+actual = paged_decode_attention(*case, scale=0.125)
+torch.testing.assert_close(actual, paged_decode_attention_reference(*case, scale=0.125), rtol=0.02, atol=0.01)
+"""
+
+
+def test_scores_stay_in_memory_while_values_are_summed() -> None:
+    """Numba freed them early: with more than 128 KB of them glibc unmaps, and the process crashed."""
+    subprocess.run([sys.executable, "-c", LARGE_SCRIPT], check=True, capture_output=True, timeout=120)
 
 
 def test_a_row_is_the_same_alone_and_among_others() -> None:

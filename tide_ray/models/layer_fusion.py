@@ -27,6 +27,12 @@ ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
 PROBE_POSITIONS = (0, 3, 7, 2, 9, 11, 1, 5)
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "partial_rotary_factor",
+    "original_max_position_embeddings",
+}  # fmt: skip
+"""Settings that reach a layer in its rotary tables alone; others may act on positions that no probe sees."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Relative error of what a layer adds to its input that rounding can reach."""
 
@@ -73,7 +79,7 @@ def fuse_layers(adapter: Adapter) -> dict[int, FusedLayer]:
     for index, layer in enumerate(adapter.layers):
         try:
             fused[index] = _known(layer) or _proven(adapter, index, calls[index], cache)
-        except NotLlamas as reason:
+        except (NotLlamas, ValueError) as reason:  # kernels refuse shapes that are not LLaMA's
             logger.debug("layer %d keeps its own code: %s", index, reason)
         except Exception as error:  # a compiler's, of which there is no list
             logger.warning("layers keep their own code, as kernels failed: %s", str(error).split("\n")[0])
@@ -91,7 +97,7 @@ def use_decode_kernel(fused: dict[int, FusedLayer], page_size: int) -> None:
                 _compare_decoding(fused[index], tiled, page_size)
     except Exception as error:  # a compiler's, of which there is no list
         logger.warning("layers do without the kernel for decode rows: %s", str(error).split("\n")[0])
-        return
+        weights = dict.fromkeys(weights)
     for index, tiled in weights.items():
         fused[index].decode_weights = tiled
 
@@ -134,6 +140,7 @@ def _proven(adapter: Adapter, index: int, call: LayerCall, cache: _ProbeCache) -
     size = (1, len(PROBE_POSITIONS), adapter.config.hidden_size)
     scales = torch.logspace(-1, 2, len(PROBE_POSITIONS))[:, None]
     rows = (torch.randn(size, generator=generator) * scales).to(dtype)
+    cache.call, cache.seen = None, ()
     with_own_code = adapter.run_layer(index, rows, call, cache)
     assert cache.call is not None, "the layer did not attend"
     expected = (*cache.seen, with_own_code - rows)
@@ -156,6 +163,9 @@ def _check_parts(layer: nn.Module, config: Any) -> None:
         raise NotLlamas(f"its attention has the parts {sorted(attention)}")
     if not MLP_PARTS <= mlp <= MLP_PARTS | {"act_fn"}:
         raise NotLlamas(f"its feed-forward part has the parts {sorted(mlp)}")
+    unknown = set(getattr(config, "rope_parameters", None) or {}) - ROPE_KEYS
+    if unknown:
+        raise NotLlamas(f"its positions act in ways that are not known: {', '.join(sorted(map(str, unknown)))}")
     for name, module in layer.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
             raise NotLlamas(f"{name} is a {type(module).__name__}")

@@ -72,6 +72,7 @@ def kernels_work() -> bool:
     rows = torch.randn(ROWS_AT_ONCE + 1, 48, generator=generator).bfloat16()
     weights = TiledWeights(tiles, None)
     try:
+        _ = torch.ops.mkldnn._nbytes, torch.ops.mkldnn.data_ptr  # how packed weights are found in memory
         actual = tiled_linear(rows, weights)
         torch.testing.assert_close(actual, tiled_linear_reference(rows, weights), rtol=0.02, atol=0.1)
     except Exception as error:  # a compiler's, of which there is no list
