@@ -14,17 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tide_kernels.cpu import PARALLEL_FROM, jit, launch
+from tide_kernels.cpu import jit, launch
 from tide_kernels.kv_write import copy_rows
 from tide_kernels.layer_vectors import TILE_OUTPUTS, add_numbers
 from tide_kernels.paged_attention_cpu import attend_kernel
 from tide_kernels.rms_norm import normalise
 from tide_kernels.rotary import turn_rows
 from tide_kernels.silu_mul import gate_rows
-from tide_kernels.tiled_linear import TiledWeights, multiply
+from tide_kernels.tiled_linear import ITEM_BYTES, TiledWeights, multiply
 from tide_kernels.vectors import MAX_LANES
-
-ITEM_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +41,12 @@ class Places:
     lengths: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights and constants; norms are weights ``[D]``, head norms ``[d]`` or None."""
+    """One layer's weights and constants; norms are weights ``[D]``, head norms ``[d]`` or None.
+
+    What every call passes on is worked out once, as weights stay where they are.
+    """
 
     first_norm: Tensor
     second_norm: Tensor
@@ -63,12 +64,12 @@ class LayerWeights:
     softcap: float
     window: int
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """Widths of a row, of its heads of each kind, and of the feed-forward part's middle."""
         return self.first_norm.shape[0], self.num_heads, self.num_kv_heads, self.down.num_inputs
 
-    @property
+    @functools.cached_property
     def around_attention(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Addresses of what is before attention, and of what is after it."""
         head_norms = (0 if norm is None else norm.data_ptr() for norm in (self.query_norm, self.key_norm))
@@ -76,7 +77,7 @@ class LayerWeights:
         parts = (*self.out.addresses, *self.gate_up.addresses, *self.down.addresses)
         return before, (self.second_norm.data_ptr(), *parts)
 
-    @property
+    @functools.cached_property
     def epsilons(self) -> tuple[np.float32, ...]:
         return tuple(np.float32(eps) for eps in self.eps)
 
@@ -143,8 +144,7 @@ def _check(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer: Laye
 @functools.cache
 def _before(head_dim: int) -> Callable[..., None]:
     head_bytes = ITEM_BYTES * head_dim
-    norm, norm_rows = (normalise(ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
-    turn, turn_all = (turn_rows(head_dim // 2, ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
+    norm, turn = normalise(ITEM_BYTES), turn_rows(head_dim // 2, ITEM_BYTES)
 
     @jit(nogil=True, boundscheck=False, error_model="numpy")
     def run_before(addresses, weights, eps, tables, num_rows, sizes):  # type: ignore[no-untyped-def]
@@ -153,28 +153,21 @@ def _before(head_dim: int) -> Callable[..., None]:
         width, num_heads, kv_heads, _ = sizes
         num_all = num_heads + 2 * kv_heads
         step = num_all * head_bytes
-        if num_rows * width < PARALLEL_FROM:
-            norm(hidden, 0, 0, first_norm, normed, num_rows, width, eps[0])
-        else:
-            norm_rows(hidden, 0, 0, first_norm, normed, num_rows, width, eps[0])
+        norm(hidden, 0, 0, first_norm, normed, num_rows, width, eps[0])
         multiply(normed, qkv, qkv_bias, joint, num_rows, width // 2, num_all * head_dim // TILE_OUTPUTS)
         if query_norm != 0:
             for row in range(num_rows):
                 query, key = joint + row * step, joint + row * step + num_heads * head_bytes
                 norm(query, 0, 0, query_norm, query, num_heads, head_dim, eps[2])
                 norm(key, 0, 0, key_norm, key, kv_heads, head_dim, eps[3])
-        if num_rows * width < PARALLEL_FROM:
-            turn(joint, step, tables[0], tables[1], num_rows, num_heads + kv_heads)
-        else:
-            turn_all(joint, step, tables[0], tables[1], num_rows, num_heads + kv_heads)
+        turn(joint, step, tables[0], tables[1], num_rows, num_heads + kv_heads)
 
     return run_before
 
 
 @functools.cache
 def _after(head_dim: int) -> Callable[..., None]:
-    norm, norm_rows = (normalise(ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
-    gate, gate_all = (gate_rows(ITEM_BYTES, is_parallel=parallel) for parallel in (False, True))
+    norm, gate = normalise(ITEM_BYTES), gate_rows(ITEM_BYTES)
 
     @jit(nogil=True, boundscheck=False, error_model="numpy")
     def run_after(addresses, weights, eps, num_rows, sizes):  # type: ignore[no-untyped-def]
@@ -189,15 +182,9 @@ def _after(head_dim: int) -> Callable[..., None]:
         middle = gates + num_rows * 2 * inner * ITEM_BYTES
         num_tiles = width // TILE_OUTPUTS
         multiply(attended, projection, projection_bias, update, num_rows, num_heads * head_dim // 2, num_tiles)
-        if num_rows * width < PARALLEL_FROM:
-            norm(hidden, update, total, second_norm, normed, num_rows, width, eps[1])
-        else:
-            norm_rows(hidden, update, total, second_norm, normed, num_rows, width, eps[1])
+        norm(hidden, update, total, second_norm, normed, num_rows, width, eps[1])
         multiply(normed, gate_up, gate_up_bias, gates, num_rows, width // 2, 2 * inner // TILE_OUTPUTS)
-        if num_rows * inner < PARALLEL_FROM:
-            gate(gates, middle, num_rows, inner)
-        else:
-            gate_all(gates, middle, num_rows, inner)
+        gate(gates, middle, num_rows, inner)
         multiply(middle, down, down_bias, update, num_rows, inner // 2, num_tiles)
         add_numbers(total, update, out, num_rows * width // MAX_LANES, ITEM_BYTES)
 

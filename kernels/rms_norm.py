@@ -82,18 +82,27 @@ def _run(rows: Tensor, update: int, total: int, weight: Tensor, out: Tensor, eps
     width = rows.shape[-1]
     sizes = rows.numel() // width, width, np.float32(eps)
     arguments = rows.data_ptr(), update, total, weight.data_ptr(), out.data_ptr(), *sizes
-    if rows.numel() < PARALLEL_FROM:
-        normalise(rows.element_size(), is_parallel=False)(*arguments)
-    else:
-        launch(normalise(rows.element_size(), is_parallel=True), *arguments)
+    launch(normalise(rows.element_size()), *arguments)
 
 
 @functools.cache
-def normalise(item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
+def normalise(item_bytes: int) -> Callable[..., None]:
     """The kernel over addresses; an ``update`` of 0 adds nothing."""
+    alone, together = (_normalise(item_bytes, is_parallel=is_parallel) for is_parallel in (False, True))
 
-    @jit(parallel=is_parallel, nogil=True, boundscheck=False, error_model="numpy")
+    @jit(nogil=True)
     def normalise_rows(rows, update, total, weight, out, num_rows, width, eps):  # type: ignore[no-untyped-def]
+        if num_rows * width < PARALLEL_FROM:
+            alone(rows, update, total, weight, out, num_rows, width, eps)
+        else:
+            together(rows, update, total, weight, out, num_rows, width, eps)
+
+    return normalise_rows
+
+
+def _normalise(item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
+    @jit(parallel=is_parallel, nogil=True, boundscheck=False, error_model="numpy")
+    def normalise_all(rows, update, total, weight, out, num_rows, width, eps):  # type: ignore[no-untyped-def]
         num_vectors = width // MAX_LANES
         for row in prange(num_rows):
             offset = row * width * item_bytes
@@ -105,4 +114,4 @@ def normalise(item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
             factor = np.float32(1) / np.float32(math.sqrt(mean + eps))
             scale_twice(source, weight, out + offset, num_vectors, factor, item_bytes)
 
-    return normalise_rows
+    return normalise_all

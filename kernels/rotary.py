@@ -34,10 +34,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError("the heads of a row must lie one after another, and the tables must be contiguous")
     size = heads.element_size()
     arguments = heads.data_ptr(), heads.stride(0) * size, cos.data_ptr(), sin.data_ptr(), num_rows, num_heads
-    if heads.numel() < PARALLEL_FROM:
-        turn_rows(width // 2, size, is_parallel=False)(*arguments)
-    else:
-        launch(turn_rows(width // 2, size, is_parallel=True), *arguments)
+    launch(turn_rows(width // 2, size), *arguments)
 
 
 def rotate_reference(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,8 +44,21 @@ def rotate_reference(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @functools.cache
-def turn_rows(half: int, item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
+def turn_rows(half: int, item_bytes: int) -> Callable[..., None]:
     """The kernel over addresses, for heads of ``2 * half`` channels."""
+    alone, together = (_turn(half, item_bytes, is_parallel=is_parallel) for is_parallel in (False, True))
+
+    @jit(nogil=True)
+    def turn(heads, row_bytes, cos, sin, num_rows, num_heads):  # type: ignore[no-untyped-def]
+        if num_rows * num_heads * 2 * half < PARALLEL_FROM:
+            alone(heads, row_bytes, cos, sin, num_rows, num_heads)
+        else:
+            together(heads, row_bytes, cos, sin, num_rows, num_heads)
+
+    return turn
+
+
+def _turn(half: int, item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
     head_bytes = 2 * half * item_bytes
 
     @jit(parallel=is_parallel, nogil=True, boundscheck=False)

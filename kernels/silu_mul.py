@@ -35,10 +35,7 @@ def silu_mul(rows: Tensor) -> Tensor:
     rows = rows.contiguous()
     out = rows.new_empty((*rows.shape[:-1], width))
     arguments = rows.data_ptr(), out.data_ptr(), out.numel() // width, width
-    if out.numel() < PARALLEL_FROM:
-        gate_rows(rows.element_size(), is_parallel=False)(*arguments)
-    else:
-        launch(gate_rows(rows.element_size(), is_parallel=True), *arguments)
+    launch(gate_rows(rows.element_size()), *arguments)
     return out
 
 
@@ -49,9 +46,21 @@ def silu_mul_reference(rows: Tensor) -> Tensor:
 
 
 @functools.cache
-def gate_rows(item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
+def gate_rows(item_bytes: int) -> Callable[..., None]:
     """The kernel over addresses."""
+    alone, together = (_gate(item_bytes, is_parallel=is_parallel) for is_parallel in (False, True))
 
+    @jit(nogil=True)
+    def gate(rows, out, num_rows, width):  # type: ignore[no-untyped-def]
+        if num_rows * width < PARALLEL_FROM:
+            alone(rows, out, num_rows, width)
+        else:
+            together(rows, out, num_rows, width)
+
+    return gate
+
+
+def _gate(item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
     @jit(parallel=is_parallel, nogil=True, boundscheck=False)
     def gate_all(rows, out, num_rows, width):  # type: ignore[no-untyped-def]
         row_bytes = width * item_bytes

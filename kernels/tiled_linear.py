@@ -21,7 +21,7 @@ from tide_kernels.vectors import has_pair_products
 ROWS_AT_ONCE = 12 if has_pair_products() else 4
 """Rows that share what is read of the weights: their sums, and what is multiplied, fit the vector registers."""
 STRIPS = TILE_OUTPUTS // STRIP_OUTPUTS
-TILE_BYTES, ITEM_BYTES = TILE_OUTPUTS * 4, 2  # of a pair of inputs' weights, and of a number
+ITEM_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import Rotary, rotary_tables
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.layer_calls import LayerCall
+from tide_ray.models.row_cache import attention_scale
 
 MAX_ROWS = 1024
 
@@ -85,7 +86,7 @@ class _RecordingCache(LaunchCache):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
     ) -> Tensor:
         if self._first_judged is not None and self._layer >= self._first_layer:
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            scale = attention_scale(query, scale)
             firsts = iter(self._first_judged)
             received = [
                 _received(q, k, chunk, next(firsts), scale=scale, softcap=softcap, window=window)

@@ -312,14 +312,14 @@ class TideEngine:
 def _prepared(model: LoadedModel, config: EngineConfig) -> Adapter:
     """The adapter, with the model's layers laid out for this machine."""
     with torch.inference_mode():
-        fused = fuse_layers(Adapter(model.model)) if config.compile == "auto" else {}
-        if can_pack(model.device, model.dtype):
-            for module in (model.model, *fused.values()):
-                pack_linears(module)
-        use_decode_kernel(fused, config.page_size)
-        if config.compile == "auto":
-            fuse_norms(model.model)
         adapter = Adapter(model.model)
+        fused = fuse_layers(adapter) if config.compile == "auto" else {}
+        if can_pack(model.device, model.dtype):
+            num_replaced = sum(pack_linears(module) for module in (model.model, *fused.values()))
+            num_replaced += fuse_norms(model.model) if config.compile == "auto" else 0
+            if num_replaced:
+                adapter = Adapter(model.model)  # it holds on to modules outside of the layers
+        use_decode_kernel(fused, config.page_size)
     adapter.fused_layers.update(fused)
     return adapter
 

@@ -22,7 +22,7 @@ from tide_kernels.decoder_layer import Places
 from tide_kernels.paged_attention import paged_decode_attention
 from tide_kernels.paged_attention_cpu import cpu_kernel_takes
 from tide_ray.engine.kv_cache import KVCache
-from tide_ray.models.row_cache import RowCache
+from tide_ray.models.row_cache import RowCache, attention_scale
 
 MAX_TOKENS_BY_ROW = 2048
 """Tokens attended to up to which row by row is faster than torch's attention of a chunk: 9 times at 64, 1.4 at 2048."""
@@ -212,7 +212,7 @@ class LaunchCache(RowCache):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
     ) -> Tensor:
         rows, layer = self._rows, self._layer
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scale = attention_scale(query, scale)
         parts = []
         if rows.num_by_row:
             parts.append(

@@ -17,6 +17,7 @@ from tide_kernels.rms_norm import add_rms_norm, rms_norm
 from tide_kernels.rotary import rotate
 from tide_kernels.silu_mul import silu_mul
 from tide_kernels.tiled_linear import TiledWeights
+from tide_ray.models.fused_norm import norm_epsilon
 from tide_ray.models.layer_calls import LayerCall
 from tide_ray.models.packed_linear import DECODE_ROWS, PackedLinear
 from tide_ray.models.row_cache import RowCache
@@ -35,8 +36,8 @@ class Norm:
 
     @classmethod
     def of(cls, module: nn.Module) -> Norm:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not isinstance(eps, float):
+        eps = norm_epsilon(module)
+        if eps is None:
             raise NotLlamas(f"{type(module).__name__} has no epsilon")
         assert isinstance(module.weight, Tensor)
         return cls(module.weight.detach(), eps)
@@ -49,7 +50,7 @@ class Norm:
 class AttentionCall:
     """What a layer asks of attention besides Q, K and V."""
 
-    scale: float | None
+    scale: float
     softcap: float
     window: int
 
@@ -166,7 +167,7 @@ class FusedLayer(nn.Module):
             num_heads=self.num_heads,
             num_kv_heads=self.num_turned - self.num_heads,
             head_dim=self.head_dim,
-            scale=self.head_dim**-0.5 if ask.scale is None else ask.scale,
+            scale=ask.scale,
             softcap=ask.softcap,
             window=ask.window,
         )

@@ -41,14 +41,20 @@ def fuse_norms(model: nn.Module) -> int:
     return num_fused
 
 
+def norm_epsilon(module: nn.Module) -> float | None:
+    """What a norm adds to the mean of squares, under either of its names; None where it has neither."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
+
+
 def _fused(module: nn.Module) -> FusedRMSNorm | None:
     """A replacement for ``module``, or None: not all that is called RMSNorm has the weight and roundings of LLaMA's."""
     if isinstance(module, FusedRMSNorm) or not type(module).__name__.endswith("RMSNorm"):
         return None
     if list(module._parameters) != ["weight"]:
         return None
-    weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or weight.dtype != torch.bfloat16 or not isinstance(eps, float):
+    weight, eps = module.weight, norm_epsilon(module)
+    if not isinstance(weight, nn.Parameter) or weight.dtype != torch.bfloat16 or eps is None:
         return None
     if weight.ndim != 1 or len(weight) % MAX_LANES:
         return None
@@ -57,12 +63,11 @@ def _fused(module: nn.Module) -> FusedRMSNorm | None:
     rows = torch.randn(PROBE_ROWS, len(weight), generator=generator) * torch.logspace(-4, 3, PROBE_ROWS)[:, None]
     with torch.inference_mode():
         try:
-            expected = module(rows.to(torch.bfloat16))
-        except Exception:  # a model's own code, of which only the name is known: then it stays
+            expected, actual = module(rows.to(torch.bfloat16)), fused(rows.to(torch.bfloat16))
+        except Exception:  # a model's own code, of which only the name is known, or a compiler: then it stays
             return None
         if not isinstance(expected, Tensor):
             return None
-        actual = fused(rows.to(torch.bfloat16))
         is_same = actual.dtype == expected.dtype and float((actual != expected).float().mean()) <= MAX_DIFFERING
         is_same = is_same and torch.allclose(actual.float(), expected.float(), rtol=2**-7, atol=1e-30)
     return fused if is_same else None

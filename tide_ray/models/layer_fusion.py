@@ -20,7 +20,7 @@ from tide_kernels.vectors import MAX_LANES
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_layer import AttentionCall, FusedLayer, LinearPart, NotLlamas
 from tide_ray.models.layer_calls import LayerCall
-from tide_ray.models.row_cache import RowCache
+from tide_ray.models.row_cache import RowCache, attention_scale
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -58,7 +58,7 @@ class _ProbeCache(RowCache):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
     ) -> Tensor:
         self.seen = query.clone(), *self.seen
-        self.call = AttentionCall(scale, softcap, window)
+        self.call = AttentionCall(attention_scale(query, scale), softcap, window)
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)

@@ -20,6 +20,11 @@ ATTENTION_NAME = "tide_ray"
 ROWS_ARGUMENT = "tide_cache"
 
 
+def attention_scale(query: Tensor, scale: float | None) -> float:
+    """The factor on the scores of queries ``[..., d]``: one over the root of their width unless a layer gives one."""
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
 class RowCache(Cache):
     """What a layer is given in place of a key/value cache: it stores the rows' K/V and attends for them.
 
