@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,10 @@ from torch import Tensor
 
 from tide_kernels.cpu import jit, launch
 from tide_kernels.kv_write import copy_rows
-from tide_kernels.layer_vectors import TILE_OUTPUTS, add_numbers
 from tide_kernels.paged_attention_cpu import attend_kernel
 from tide_kernels.rms_norm import normalise
 from tide_kernels.rotary import turn_rows
-from tide_kernels.silu_mul import gate_rows
-from tide_kernels.tiled_linear import ITEM_BYTES, TiledWeights, multiply
-from tide_kernels.vectors import MAX_LANES
+from tide_kernels.tiled_linear import ITEM_BYTES, TiledWeights, multiply, multiply_added, multiply_gated
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +68,11 @@ class LayerWeights:
         return self.first_norm.shape[0], self.num_heads, self.num_kv_heads, self.down.num_inputs
 
     @functools.cached_property
-    def around_attention(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def around_attention(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Addresses of what is before attention, and of what is after it."""
         head_norms = (0 if norm is None else norm.data_ptr() for norm in (self.query_norm, self.key_norm))
-        before = self.first_norm.data_ptr(), *self.qkv.addresses, *head_norms
-        parts = (*self.out.addresses, *self.gate_up.addresses, *self.down.addresses)
-        return before, (self.second_norm.data_ptr(), *parts)
+        before = self.first_norm.data_ptr(), self.qkv.address, *head_norms
+        return before, (self.second_norm.data_ptr(), self.out.address, self.gate_up.address, self.down.address)
 
     @functools.cached_property
     def epsilons(self) -> tuple[np.float32, ...]:
@@ -103,7 +100,7 @@ def decode_layer(hidden: Tensor, cos: Tensor, sin: Tensor, places: Places, layer
     out = torch.empty_like(hidden)
     joint = hidden.new_empty(num_rows, num_heads + 2 * kv_heads, head_dim)
     attended = hidden.new_empty(num_rows, num_heads * head_dim)
-    scratch = hidden.new_empty(num_rows * (3 * width + 3 * inner))
+    scratch = hidden.new_empty(num_rows * (2 * width + inner))
     before, after = layer.around_attention
     launch(
         _whole(head_dim, num_heads // kv_heads, page_size),
@@ -149,12 +146,12 @@ def _before(head_dim: int) -> Callable[..., None]:
     @jit(nogil=True, boundscheck=False, error_model="numpy")
     def run_before(addresses, weights, eps, tables, num_rows, sizes):  # type: ignore[no-untyped-def]
         hidden, joint, normed = addresses
-        first_norm, qkv, qkv_bias, query_norm, key_norm = weights
+        first_norm, qkv, query_norm, key_norm = weights
         width, num_heads, kv_heads, _ = sizes
         num_all = num_heads + 2 * kv_heads
         step = num_all * head_bytes
         norm(hidden, 0, 0, first_norm, normed, num_rows, width, eps[0])
-        multiply(normed, qkv, qkv_bias, joint, num_rows, width // 2, num_all * head_dim // TILE_OUTPUTS)
+        multiply(normed, qkv, joint, num_rows, width // 2, num_all * head_dim)
         if query_norm != 0:
             for row in range(num_rows):
                 query, key = joint + row * step, joint + row * step + num_heads * head_bytes
@@ -167,26 +164,21 @@ def _before(head_dim: int) -> Callable[..., None]:
 
 @functools.cache
 def _after(head_dim: int) -> Callable[..., None]:
-    norm, gate = normalise(ITEM_BYTES), gate_rows(ITEM_BYTES)
+    norm = normalise(ITEM_BYTES)
 
     @jit(nogil=True, boundscheck=False, error_model="numpy")
     def run_after(addresses, weights, eps, num_rows, sizes):  # type: ignore[no-untyped-def]
         hidden, attended, out, scratch = addresses
-        second_norm, projection, projection_bias, gate_up, gate_up_bias, down, down_bias = weights
+        second_norm, projection, gate_up, down = weights
         width, num_heads, _, inner = sizes
         row_bytes = width * ITEM_BYTES
         normed = scratch
-        update = normed + num_rows * row_bytes
-        total = update + num_rows * row_bytes
-        gates = total + num_rows * row_bytes
-        middle = gates + num_rows * 2 * inner * ITEM_BYTES
-        num_tiles = width // TILE_OUTPUTS
-        multiply(attended, projection, projection_bias, update, num_rows, num_heads * head_dim // 2, num_tiles)
-        norm(hidden, update, total, second_norm, normed, num_rows, width, eps[1])
-        multiply(normed, gate_up, gate_up_bias, gates, num_rows, width // 2, 2 * inner // TILE_OUTPUTS)
-        gate(gates, middle, num_rows, inner)
-        multiply(middle, down, down_bias, update, num_rows, inner // 2, num_tiles)
-        add_numbers(total, update, out, num_rows * width // MAX_LANES, ITEM_BYTES)
+        total = normed + num_rows * row_bytes
+        middle = total + num_rows * row_bytes
+        multiply_added(attended, projection, hidden, total, num_rows, num_heads * head_dim // 2, width)
+        norm(total, 0, 0, second_norm, normed, num_rows, width, eps[1])
+        multiply_gated(normed, gate_up, middle, num_rows, width // 2, 2 * inner)
+        multiply_added(middle, down, total, out, num_rows, inner // 2, width)
 
     return run_after
 

@@ -1,13 +1,15 @@
-"""A linear layer in bfloat16 that reads oneDNN's packed weights where they lie, for the rows of a decode step.
+"""A linear layer in bfloat16 that reads oneDNN's packed weights where they lie, also with SiLU of gates at its end.
 
-oneDNN's products are made for many rows; with fewer, much of their time is not spent on weights or products. Its blocks
-of 64 outputs hold, for every pair of inputs, 64 pairs of weights, which is what AVX-512's products of pairs take.
-``tiled_linear`` is the Numba CPU kernel, ``tiled_linear_reference`` the same in torch. Sums are float32 in both, in
-another order.
+oneDNN's blocks of 32 or 64 outputs hold, for every pair of inputs, as many pairs of weights, which is what AVX-512's
+products of pairs take, and AMX's products of tiles. One kernel for all numbers of rows makes a row's numbers the same
+in any batch. ``tiled_linear`` and ``tiled_gate`` are the Numba CPU kernels, ``*_reference`` the same in torch. Sums are
+float32 in both, in another order.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +17,31 @@ from numba import prange
 from torch import Tensor
 
 from tide_kernels.cpu import jit, launch
-from tide_kernels.layer_vectors import STRIP_OUTPUTS, TILE_OUTPUTS, multiply_strip
-from tide_kernels.vectors import has_pair_products
+from tide_kernels.product_vectors import (
+    ADDED,
+    GATED,
+    PLAIN,
+    ROWS_AT_ONCE,
+    STRIP_OUTPUTS,
+    TILE_PAIRS,
+    TILE_ROWS,
+    has_tile_products,
+    multiply_pairs,
+    multiply_tiles,
+)
+from tide_kernels.silu_mul import silu_mul_reference
 
-ROWS_AT_ONCE = 12 if has_pair_products() else 4
-"""Rows that share what is read of the weights: their sums, and what is multiplied, fit the vector registers."""
-STRIPS = TILE_OUTPUTS // STRIP_OUTPUTS
+BLOCK_OUTPUTS = 32, 64
+"""Widths of oneDNN's blocks: on CPUs with AMX, and on others."""
 ITEM_BYTES = 2
+PANEL_BYTES = 2**19
+"""Of rows that go through all weights together: they stay in the cache next to the cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class TiledWeights:
-    """``weight[64 t + j, 2 k + p]`` at ``tiles[t, k, j, p]``, contiguous ``[M / 64, K / 2, 64, 2]``; the bias ``[M]``
-    or None."""
+    """``weight[B t + j, 2 k + p]`` at ``tiles[t, k, j, p]``, contiguous ``[M / B, K / 2, B, 2]`` with B one of
+    BLOCK_OUTPUTS; the bias ``[M]`` or None."""
 
     tiles: Tensor
     bias: Tensor | None
@@ -38,11 +52,17 @@ class TiledWeights:
 
     @property
     def num_outputs(self) -> int:
-        return self.tiles.shape[0] * TILE_OUTPUTS
+        return self.tiles.shape[0] * self.tiles.shape[2]
 
     @property
-    def addresses(self) -> tuple[int, int]:
-        return self.tiles.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
+    def can_gate(self) -> bool:
+        """Whether ``tiled_gate`` takes them: gates and values are whole strips."""
+        return self.num_outputs % (2 * STRIP_OUTPUTS) == 0
+
+    @property
+    def address(self) -> tuple[int, int, int]:
+        """Of the tiles and of the bias (0 for none), and B: what kernels take."""
+        return self.tiles.data_ptr(), 0 if self.bias is None else self.bias.data_ptr(), self.tiles.shape[2]
 
 
 def tiled_linear(rows: Tensor, weights: TiledWeights) -> Tensor:
@@ -58,11 +78,7 @@ def tiled_linear(rows: Tensor, weights: TiledWeights) -> Tensor:
         ValueError: shapes or dtypes do not fit together.
     """
     _check(rows, weights)
-    rows = rows.contiguous()
-    out = rows.new_empty((*rows.shape[:-1], weights.num_outputs))
-    num_rows, num_tiles, num_pairs = rows.numel() // weights.num_inputs, *weights.tiles.shape[:2]
-    launch(multiply, rows.data_ptr(), *weights.addresses, out.data_ptr(), num_rows, num_pairs, num_tiles)
-    return out
+    return _run(multiply, rows, weights, weights.num_outputs)
 
 
 def tiled_linear_reference(rows: Tensor, weights: TiledWeights) -> Tensor:
@@ -73,12 +89,43 @@ def tiled_linear_reference(rows: Tensor, weights: TiledWeights) -> Tensor:
     return (out if weights.bias is None else out + weights.bias.float()).to(rows.dtype)
 
 
+def tiled_gate(rows: Tensor, weights: TiledWeights) -> Tensor:
+    """``silu(gates) * values`` where ``tiled_linear`` gives all gates, then as many values.
+
+    Args:
+        rows: bfloat16 ``[..., K]``; K is even.
+
+    Returns:
+        bfloat16 ``[..., M / 2]``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or M is no multiple of 64.
+    """
+    _check(rows, weights)
+    if not weights.can_gate:
+        raise ValueError(f"gates must be a multiple of {STRIP_OUTPUTS}, got {weights.num_outputs} with their values")
+    return _run(multiply_gated, rows, weights, weights.num_outputs // 2)
+
+
+def tiled_gate_reference(rows: Tensor, weights: TiledWeights) -> Tensor:
+    """``tiled_gate`` in torch."""
+    return silu_mul_reference(tiled_linear_reference(rows, weights))
+
+
+def _run(kernel: Callable[..., None], rows: Tensor, weights: TiledWeights, num_outputs: int) -> Tensor:
+    rows = rows.contiguous()
+    out = rows.new_empty((*rows.shape[:-1], num_outputs))
+    num_rows, num_pairs = rows.numel() // weights.num_inputs, weights.num_inputs // 2
+    launch(kernel, rows.data_ptr(), weights.address, out.data_ptr(), num_rows, num_pairs, weights.num_outputs)
+    return out
+
+
 def _check(rows: Tensor, weights: TiledWeights) -> None:
     tiles, bias = weights.tiles, weights.bias
     shape = tuple(tiles.shape)
-    if tiles.ndim != 4 or shape[2:] != (TILE_OUTPUTS, 2) or 2 * shape[1] != rows.shape[-1]:
+    if tiles.ndim != 4 or shape[2] not in BLOCK_OUTPUTS or shape[3] != 2 or 2 * shape[1] != rows.shape[-1]:
         raise ValueError(f"rows {tuple(rows.shape)} do not fit weights of {shape}")
-    if bias is not None and bias.shape != (shape[0] * TILE_OUTPUTS,):
+    if bias is not None and bias.shape != (weights.num_outputs,):
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weights of {shape}")
     if not tiles.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         raise ValueError("weights and bias must be contiguous")
@@ -87,15 +134,79 @@ def _check(rows: Tensor, weights: TiledWeights) -> None:
             raise ValueError(f"{name} must be bfloat16 on a CPU, got {tensor.dtype} on {tensor.device}")
 
 
-@jit(parallel=True, nogil=True, boundscheck=False)
-def multiply(rows, tiles, bias, out, num_rows, num_pairs, num_tiles):  # type: ignore[no-untyped-def]
-    """The kernel over addresses."""
-    row_bytes, out_bytes = num_pairs * 2 * ITEM_BYTES, num_tiles * TILE_OUTPUTS * ITEM_BYTES
-    for strip in prange(num_tiles * STRIPS):
-        first_output = strip * STRIP_OUTPUTS
-        weights = tiles + (strip // STRIPS * num_pairs * TILE_OUTPUTS + strip % STRIPS * STRIP_OUTPUTS) * 4
-        shift = bias + first_output * ITEM_BYTES if bias != 0 else 0
-        for first in range(0, num_rows, ROWS_AT_ONCE):
-            source, target = rows + first * row_bytes, out + first * out_bytes + first_output * ITEM_BYTES
-            at_once = min(num_rows - first, ROWS_AT_ONCE)
-            multiply_strip(source, weights, shift, target, row_bytes, out_bytes, num_pairs, at_once, ROWS_AT_ONCE)
+@functools.cache
+def _kernels(*, uses_tiles: bool) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """The kernels over addresses: rows, ``TiledWeights.address``, (what is added,) out, and numbers of rows, pairs of
+    inputs and outputs of the weights."""
+    at_once = TILE_ROWS if uses_tiles else ROWS_AT_ONCE
+    plain, gated, added = (_strip_kernel(ending, uses_tiles=uses_tiles) for ending in (PLAIN, GATED, ADDED))
+
+    @jit(nogil=True)
+    def panel_of(num_rows, row_bytes):  # type: ignore[no-untyped-def]
+        """Rows of a panel: as few panels as may be, of one size."""
+        num_panels = max(1, (num_rows * row_bytes + PANEL_BYTES - 1) // PANEL_BYTES)
+        return max(1, ((num_rows + num_panels - 1) // num_panels + at_once - 1) // at_once) * at_once
+
+    @jit(parallel=True, nogil=True, boundscheck=False)
+    def multiply_all(rows, weights, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
+        steps = num_pairs * 2 * ITEM_BYTES, num_outputs * ITEM_BYTES
+        panel, num_strips = panel_of(num_rows, steps[0]), num_outputs // STRIP_OUTPUTS
+        for task in prange((num_rows + panel - 1) // panel * num_strips):
+            first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
+            end, following = min(first + panel, num_rows), (output + STRIP_OUTPUTS) % num_outputs
+            target = out + output * ITEM_BYTES
+            plain(rows, weights, target, target, steps, first, end, num_pairs, output, following)
+
+    @jit(parallel=True, nogil=True, boundscheck=False)
+    def multiply_added(rows, weights, addend, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
+        steps = num_pairs * 2 * ITEM_BYTES, num_outputs * ITEM_BYTES
+        panel, num_strips = panel_of(num_rows, steps[0]), num_outputs // STRIP_OUTPUTS
+        for task in prange((num_rows + panel - 1) // panel * num_strips):
+            first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
+            end, following = min(first + panel, num_rows), (output + STRIP_OUTPUTS) % num_outputs
+            target, other = out + output * ITEM_BYTES, addend + output * ITEM_BYTES
+            added(rows, weights, target, other, steps, first, end, num_pairs, output, following)
+
+    @jit(parallel=True, nogil=True, boundscheck=False)
+    def multiply_gated(rows, weights, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
+        half = num_outputs // 2
+        steps = num_pairs * 2 * ITEM_BYTES, half * ITEM_BYTES
+        panel, num_strips = panel_of(num_rows, steps[0]), half // STRIP_OUTPUTS
+        for task in prange((num_rows + panel - 1) // panel * num_strips):
+            first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
+            end, following = min(first + panel, num_rows), (output + STRIP_OUTPUTS) % half
+            target = out + output * ITEM_BYTES
+            plain(rows, weights, target, target, steps, first, end, num_pairs, output, half + output)
+            gated(rows, weights, target, target, steps, first, end, num_pairs, half + output, following)
+
+    return multiply_all, multiply_added, multiply_gated
+
+
+def _strip_kernel(ending: int, *, uses_tiles: bool) -> Callable[..., None]:
+    """Rows ``first`` to ``end`` times one strip of outputs; ``target`` and ``other`` are places in the first of all
+    rows, ``following`` is the output whose weights are read next."""
+
+    @jit(nogil=True, boundscheck=False)
+    def multiply_some(rows, weights, target, other, steps, first, end, num_pairs, output, following):  # type: ignore[no-untyped-def]
+        tiles, bias, width = weights
+        strip = tiles + (output // width * num_pairs * width + output % width) * 2 * ITEM_BYTES
+        shifts = bias + output * ITEM_BYTES if bias != 0 else 0
+        all_steps = steps[0], steps[1], width * 2 * ITEM_BYTES
+        if uses_tiles and num_pairs % TILE_PAIRS == 0:
+            source, down = rows + first * steps[0], first * steps[1]
+            ahead = tiles + (following // width * num_pairs * width + following % width) * 2 * ITEM_BYTES
+            multiply_tiles(
+                source, strip, shifts, target + down, other + down, all_steps, num_pairs, end - first, ahead, ending
+            )
+        else:
+            for row in range(first, end, ROWS_AT_ONCE):
+                source, down, count = rows + row * steps[0], row * steps[1], min(end - row, ROWS_AT_ONCE)
+                multiply_pairs(
+                    source, strip, shifts, target + down, other + down, all_steps, num_pairs, count, ROWS_AT_ONCE,
+                    ending,
+                )  # fmt: skip
+
+    return multiply_some
+
+
+multiply, multiply_added, multiply_gated = _kernels(uses_tiles=has_tile_products())

@@ -88,14 +88,14 @@ def values_of(*constants: Any) -> tuple[int, ...]:
     return tuple(kind.literal_value for kind in constants)
 
 
-def prefetch(builder: ir.IRBuilder, address: Any, offset: int, num_bytes: int) -> None:
+def prefetch(builder: ir.IRBuilder, address: Any, offset: int, num_bytes: int, *, into_level: int = 1) -> None:
     """Ask for the cache lines of ``num_bytes`` bytes; nothing is read, so they may lie anywhere."""
     byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
     request = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     for line in range(offset, offset + num_bytes, LINE_BYTES):
-        arguments = [pointer(builder, address, line, ir.IntType(8)), number(0), number(3), number(1)]
-        builder.call(request, arguments)  # for reading, to keep, data
+        arguments = [pointer(builder, address, line, ir.IntType(8)), number(0), number(4 - into_level), number(1)]
+        builder.call(request, arguments)  # for reading, to keep in caches from this level on, data
 
 
 def pointer(builder: ir.IRBuilder, address: Any, offset: int, kind: ir.Type) -> Any:

@@ -147,6 +147,8 @@ class FusedLayer(nn.Module):
                 return None
             products.append(linear.tiled)
         qkv, out, gate_up, down = products
+        if not gate_up.can_gate:
+            return None
         query_norm, key_norm = self.head_norms or (None, None)
         ask = self.attention
         return LayerWeights(

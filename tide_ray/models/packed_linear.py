@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tide_kernels.layer_vectors import TILE_OUTPUTS
-from tide_kernels.tiled_linear import ROWS_AT_ONCE, TiledWeights, tiled_linear, tiled_linear_reference
-from tide_kernels.vectors import compiles_for, has_pair_products
+from tide_kernels.product_vectors import ROWS_AT_ONCE, TILE_PAIRS
+from tide_kernels.tiled_linear import BLOCK_OUTPUTS, TiledWeights, tiled_linear, tiled_linear_reference
+from tide_kernels.vectors import has_pair_products
 
-# Rows up to which our products are no slower than oneDNN's. Measured on a CPU with AVX-512 BF16, where they always are
-# and a row's numbers then never depend on how many there are. With tile products (AMX) oneDNN computes many rows much
-# faster, and without products of pairs ours only read weights faster.
-DECODE_ROWS = (16 if compiles_for("amx-bf16") else 2**16) if has_pair_products() else 4
+# Rows up to which our products are no slower than oneDNN's. Measured on CPUs with AVX-512 BF16 and with AMX, where they
+# always are and a row's numbers then never depend on how many there are. Without products of pairs ours only read
+# weights faster.
+DECODE_ROWS = 2**16 if has_pair_products() else 4
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +55,24 @@ def _tiles(packed: Tensor, weight: Tensor) -> Tensor | None:
         return None
     num_outputs, num_inputs = weight.shape
     num_bytes = torch.ops.mkldnn._nbytes(packed)
-    if num_outputs % TILE_OUTPUTS or num_inputs % 2 or num_bytes != 2 * weight.numel():
+    if num_inputs % 2 or num_bytes != 2 * weight.numel():
         return None
     memory = (ctypes.c_int16 * weight.numel()).from_address(torch.ops.mkldnn.data_ptr(packed))
-    tiles = torch.from_numpy(np.ctypeslib.as_array(memory)).view(torch.bfloat16)
-    tiles = tiles.view(num_outputs // TILE_OUTPUTS, num_inputs // 2, TILE_OUTPUTS, 2)
-    is_as_known = torch.equal(tiles.permute(0, 2, 1, 3).reshape(weight.shape), weight.detach())
-    return tiles if is_as_known else None
+    numbers = torch.from_numpy(np.ctypeslib.as_array(memory)).view(torch.bfloat16)
+    for block in BLOCK_OUTPUTS:
+        if num_outputs % block == 0:
+            tiles = numbers.view(num_outputs // block, num_inputs // 2, block, 2)
+            if torch.equal(tiles.permute(0, 2, 1, 3).reshape(weight.shape), weight.detach()):
+                return tiles
+    return None
 
 
 @functools.cache
 def kernels_work() -> bool:
     """Whether our products can be compiled here and are right; where not, oneDNN computes all, with a warning."""
     generator = torch.Generator().manual_seed(0)
-    tiles = torch.randn(2, 24, TILE_OUTPUTS, 2, generator=generator).bfloat16()
-    rows = torch.randn(ROWS_AT_ONCE + 1, 48, generator=generator).bfloat16()
+    tiles = torch.randn(2, 2 * TILE_PAIRS, BLOCK_OUTPUTS[0], 2, generator=generator).bfloat16()
+    rows = torch.randn(ROWS_AT_ONCE + 1, 4 * TILE_PAIRS, generator=generator).bfloat16()
     weights = TiledWeights(tiles, None)
     try:
         _ = torch.ops.mkldnn._nbytes, torch.ops.mkldnn.data_ptr  # how packed weights are found in memory
