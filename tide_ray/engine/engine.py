@@ -253,6 +253,7 @@ class TideEngine:
                 {"name": stage.name, "layers": list(stage.layers), "depth": stage.depth} for stage in self.runner.stages
             ],
             "num_layers": self.num_layers,
+            "num_fused_layers": len(self.runner.adapter.fused_layers),
             "max_num_seqs": self.max_num_seqs,
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": config.max_num_batched_tokens,
