@@ -64,22 +64,25 @@ class Workload:
         return ids
 
 
-def few_shot_texts(path: str, shots: int, count: int, *, is_shared: bool = False) -> list[str]:
+def few_shot_texts(path: str, shots: int, count: int, *, is_shared: bool = False, skip: int = 0) -> list[str]:
     """Questions of a JSONL file with prompt and answer, each after ``shots`` solved ones.
 
     Args:
         is_shared: the solved ones are the same for all questions; otherwise each question has its own.
+        skip: rows at the start that are left to others.
 
     Raises:
         UserError: the file has too few rows, or rows without the two columns.
     """
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = rows[skip:]
         solved = [f"Question: {row['prompt']}\nAnswer: {row['answer']}" for row in rows]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"few_shot needs JSONL with prompt and answer, got {path!r} ({error})") from None
     if count * (shots + 1) > len(rows):
-        raise UserError(f"limit: {path!r} has {len(rows)} rows, {count} prompts of {shots} shots need more")
+        after = f" after the first {skip}" if skip else ""
+        raise UserError(f"limit: {path!r} has {len(rows)} rows{after}, {count} prompts of {shots} shots need more")
     firsts = [count + (0 if is_shared else n * shots) for n in range(count)]
     return [
         "\n\n".join([*solved[first : first + shots], f"Question: {rows[n]['prompt']}\nAnswer:"])

@@ -276,6 +276,32 @@ def prefix(
 
 
 @app.command()
+def few_shot(
+    source: Annotated[str, typer.Argument(help="JSONL with prompt and answer")],
+    shots: Shots = 8,
+    limit: Annotated[int, typer.Option(help="prompts")] = 64,
+    skip: Annotated[int, typer.Option(help="rows to leave out, such as those that ``exits`` takes")] = 0,
+    output: Annotated[str | None, typer.Option(help="file to write; default: standard output")] = None,
+) -> None:
+    """Write questions, each after solved ones of its own, as JSONL prompts: what ``exits --few-shot`` asks."""
+    with user_errors():
+        import json
+
+        from bench_workload import few_shot_texts
+
+        from tide_ray.types import UserError
+
+        if skip < 0:
+            raise UserError(f"skip must be at least 0, got {skip}")
+        texts = few_shot_texts(source, parse_positive("shots", shots), parse_positive("limit", limit), skip=skip)
+        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+        if output is None:
+            typer.echo(lines, nl=False)
+        else:
+            Path(output).write_text(lines, encoding="utf-8")
+
+
+@app.command()
 def calibration(
     text: Annotated[str, typer.Argument(help="text file, one sample per line")],
     samples: Annotated[int, typer.Option(help="lines of more than 100 characters to use")] = 2000,
