@@ -1,0 +1,25 @@
+"""The launch numbers of all kernels: threads to a block, rows to a block, how far work is split.
+
+Rows and tiles decide registers and shared memory, see ``python jobs/benchmark.py kernel-resources``.
+"""
+
+from __future__ import annotations
+
+MAX_THREADS = 1024
+WARP_THREADS = 32
+
+SPECIALISED_WIDTHS = (576, 768, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 8192)
+"""Hidden sizes whose rows are held in registers and read 16 bytes at a time; other widths take a general path."""
+
+ROUTE_ROWS = 8
+"""Rows that share one reading of a gate's weights."""
+ROUTE_MAX_BOTTLENECK = 256
+ROUTE_MIN_SLICE = 256
+"""Channels of the state below which the product is not split over more blocks."""
+BLOCKS_PER_PROCESSOR = 2
+"""Blocks that splits aim at for each streaming multiprocessor."""
+
+
+def whole_warps(threads: int) -> int:
+    """``threads`` rounded up to whole warps."""
+    return -(-threads // WARP_THREADS) * WARP_THREADS

@@ -1,0 +1,134 @@
+"""Whether GPU kernels run, and why not where they do not: the one place that every kernel's function asks.
+
+``TIDE_KERNELS=torch`` keeps to torch on GPUs, ``TIDE_KERNELS=cuda`` makes a missing kernel an error; without it torch
+stands in after one warning that names the reason. On CPUs the variable changes nothing. Nothing here imports
+``numba.cuda`` before a tensor lies on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "TIDE_KERNELS"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_CAPABILITY, NEWEST_CAPABILITY = (7, 0), (12, 9)
+
+
+class KernelsUnavailable(RuntimeError):
+    """GPU kernels were asked for by name and cannot run."""
+
+
+def choice() -> str:
+    """What the user chose: ``torch``, ``cuda``, or ``auto``.
+
+    Raises:
+        ValueError: the variable holds anything else.
+    """
+    given = os.environ.get(VARIABLE, "auto") or "auto"
+    if given not in ("auto", "torch", "cuda"):
+        raise ValueError(f"{VARIABLE} must be torch or cuda, got {given!r}")
+    return given
+
+
+def is_simulated() -> bool:
+    """Whether Numba simulates CUDA in Python, so that kernels run on tensors in the CPU's memory (for tests)."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+def run_on(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a GPU kernel takes tensors of one device whose numbers are of ``dtype`` (default: the first's).
+
+    Raises:
+        KernelsUnavailable: ``TIDE_KERNELS=cuda`` on a GPU where kernels cannot run, or for a dtype they do not take.
+    """
+    device = tensors[0].device
+    if device.type != ("cpu" if is_simulated() else "cuda"):
+        return False
+    chosen = choice()
+    if chosen == "torch" or (is_simulated() and chosen != "cuda"):
+        return False
+    if any(tensor.device != device for tensor in tensors):
+        return False  # the kernel's own checks, or torch's, name the tensor
+    reason = why_not(device.index or 0) or _why_not_dtype(dtype or tensors[0].dtype)
+    if reason is None:
+        return True
+    if chosen == "cuda":
+        raise KernelsUnavailable(f"{VARIABLE}=cuda, but {reason}")
+    _warn(reason)
+    return False
+
+
+@functools.cache
+def why_not(device_index: int = 0) -> str | None:
+    """Why kernels cannot run on a GPU of this machine; None where they can. The driver is asked last."""
+    if is_simulated():
+        return None
+    missing = why_no_compiler()
+    if missing is not None:
+        return missing
+    if not torch.cuda.is_available():
+        built = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        return f"there is no usable GPU: {built}"
+    capability = torch.cuda.get_device_capability(device_index)
+    if not OLDEST_CAPABILITY <= capability <= NEWEST_CAPABILITY:
+        return f"compute capability {_dotted(capability)} is outside {_dotted(OLDEST_CAPABILITY)} to 12.x"
+    try:
+        cuda = importlib.import_module("numba.cuda")
+        supported = cuda.is_supported_version() and cuda.is_available()
+    except Exception as error:  # the driver's, of which there is no list
+        return f"numba-cuda cannot use the driver: {str(error).splitlines()[0]}"
+    return None if supported else "numba-cuda finds no driver that it supports"
+
+
+@functools.cache
+def why_no_compiler() -> str | None:
+    """Why kernels cannot be compiled here, with or without a GPU; None where they can."""
+    try:
+        version("numba-cuda")
+    except PackageNotFoundError:
+        return "numba-cuda is not installed (pip install 'tide-ray[cuda]')"
+    try:
+        cuda = importlib.import_module("numba.cuda")
+    except Exception as error:  # a library's loader, of which there is no list of errors
+        return f"numba-cuda cannot be imported: {str(error).splitlines()[0]}"
+    if "numba_cuda" not in (cuda.__file__ or ""):
+        return "numba-cuda is installed where Python does not read its .pth file, so Numba's own CUDA target loads"
+    for package, module in (("nvidia-nvvm", "nvvm"), ("nvidia-cuda-nvrtc", "nvrtc"), ("nvidia-nvjitlink", "nvJitLink")):
+        if not _finds_library(module):
+            return f"{package} is missing (pip install 'tide-ray[cuda]')"
+    return None
+
+
+def _finds_library(name: str) -> bool:
+    try:
+        pathfinder = importlib.import_module("cuda.pathfinder")
+        pathfinder.load_nvidia_dynamic_lib(name)
+    except Exception:  # the loader's own errors, which differ from version to version
+        return False
+    return True
+
+
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
+    if dtype in DTYPES:
+        return None
+    return f"kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once for each reason."""
+    logger.warning("GPU kernels are off, torch runs in their place: %s", reason)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)

@@ -1,0 +1,39 @@
+"""CUDA kernels compile for every architecture without a GPU, and fit its registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tide_kernels import gpu
+
+IMPORTANT = ("route/bfloat16/4096/128",)
+"""Specialisations that every run compiles; ``python jobs/benchmark.py kernel-resources`` compiles all of them."""
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+@pytest.mark.skipif(gpu.why_no_compiler() is not None, reason=str(gpu.why_no_compiler()))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills_and_without_float64(architecture: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", architecture, *IMPORTANT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    missing = [name for name in IMPORTANT if not any(kernel["name"].startswith(name) for kernel in compiled)]
+    assert not missing
+    for kernel in compiled:
+        print(f"{kernel['name']}: {kernel['registers']} registers, {kernel['shared_bytes']} bytes shared")
+        assert kernel["float64_instructions"] == 0, kernel
+        assert kernel["spill_bytes"] == 0, kernel
+        assert 0 < kernel["registers"] <= 255, kernel
