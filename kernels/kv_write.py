@@ -1,16 +1,126 @@
-"""Writes K and V of packed rows into their pages.
+"""Writes K and V of packed rows into their pages: of one layer, or of many at once with K normalised and rotated.
 
-``write_kv`` chooses: a Numba CPU kernel where rows lie in memory one after another, the torch reference elsewhere. Both
-only copy, so they agree bit for bit.
+``write_kv`` chooses: a Numba kernel on a CPU where rows lie in memory one after another and on a GPU, the torch
+reference elsewhere. All only copy, so they agree bit for bit. ``write_kv_layers`` is a kernel on GPUs.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from tide_kernels import gpu
 from tide_kernels.cpu import jit, with_whole_heads
 from tide_kernels.vectors import copy_bytes, int64_at
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How K is turned to its position (arXiv 2104.09864).
+
+    ``cos``, ``sin``: ``[N, r]``; channels past r stay. ``layout``: channel i turns with ``half``: i + r / 2, or
+    ``interleaved``: its neighbour; there ``repeats`` says that the tables' first half holds one entry for each pair.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    layout: str = "half"
+    repeats: bool = False
+
+    def __call__(self, key: Tensor) -> Tensor:
+        """``key`` ``[N, ..., d]`` turned, in torch, with roundings of both products and of the sum."""
+        width = self.cos.shape[-1]
+        cos, sin = self.cos, self.sin
+        if self.repeats:
+            cos, sin = (table[..., : width // 2].repeat_interleave(2, dim=-1) for table in (cos, sin))
+        lead = (len(cos), *[1] * (key.ndim - 2), width)
+        cos, sin = cos.to(key.dtype).view(lead), sin.to(key.dtype).view(lead)
+        turned, rest = key[..., :width], key[..., width:]
+        if self.layout == "half":
+            partner = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), dim=-1)
+        else:
+            partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        rotated = turned * cos + partner * sin
+        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMS norm of each head of K before it is turned: ``weight`` ``[d]`` of K's dtype."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, key: Tensor) -> Tensor:
+        """The same in torch, with the model's two roundings."""
+        wide = key.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(key.dtype)
+
+
+def write_kv_layers(
+    key_pools: Tensor,
+    value_pools: Tensor,
+    page_numbers: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    rotation: Rotation | None = None,
+    norm: HeadNorm | None = None,
+) -> None:
+    """Store K and V of N rows in L layers, K as the projection gives it.
+
+    Args:
+        key_pools, value_pools: ``[L, num_pages, H_kv, page_size, d]``, written in place.
+        page_numbers, offsets: long ``[N]``, where each row's token lies; no two rows in one place.
+        keys, values: ``[N, L, H_kv, d]``, of the pools' dtype and device; views of one product's output are welcome.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    num_layers, _, num_heads, _, head_dim = key_pools.shape
+    shape = len(page_numbers), num_layers, num_heads, head_dim
+    if keys.shape != shape or values.shape != shape or len(offsets) != len(page_numbers):
+        raise ValueError(
+            f"rows do not fit: keys {tuple(keys.shape)}, values {tuple(values.shape)}, {len(page_numbers)} pages, "
+            f"{len(offsets)} offsets, pools {tuple(key_pools.shape)}"
+        )
+    _check_dtypes(key_pools, value_pools, page_numbers, offsets, keys, values)
+    if rotation is not None and (
+        len(rotation.cos) != shape[0] or rotation.cos.shape != rotation.sin.shape or rotation.cos.shape[-1] > head_dim
+    ):
+        raise ValueError(f"rotary tables {tuple(rotation.cos.shape)} do not fit keys {tuple(keys.shape)}")
+    if norm is not None and (norm.weight.shape != (head_dim,) or norm.weight.dtype != keys.dtype):
+        raise ValueError(f"a head's norm must have [{head_dim}] weights in {keys.dtype}")
+    if gpu.run_on(keys, values, key_pools, value_pools, page_numbers, offsets):
+        from tide_kernels.cuda.kv_write import write_kv_cuda
+
+        write_kv_cuda(key_pools, value_pools, page_numbers, offsets, keys, values, rotation, norm)
+    else:
+        write_kv_layers_reference(
+            key_pools, value_pools, page_numbers, offsets, keys, values, rotation=rotation, norm=norm
+        )
+
+
+def write_kv_layers_reference(
+    key_pools: Tensor,
+    value_pools: Tensor,
+    page_numbers: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    rotation: Rotation | None = None,
+    norm: HeadNorm | None = None,
+) -> None:
+    """``write_kv_layers`` in torch."""
+    keys = keys if norm is None else norm(keys)
+    keys = keys if rotation is None else rotation(keys)
+    every = slice(None)
+    key_pools[every, page_numbers, :, offsets] = keys
+    value_pools[every, page_numbers, :, offsets] = values
 
 
 def write_kv(
@@ -32,10 +142,13 @@ def write_kv(
             f"rows do not fit: key {tuple(key.shape)}, value {tuple(value.shape)}, {len(page_numbers)} pages, "
             f"{len(offsets)} offsets, pages of {width}"
         )
-    if not key.dtype == value.dtype == key_pages.dtype == value_pages.dtype:
-        raise ValueError(f"dtypes differ: {key.dtype}, {value.dtype}, pages of {key_pages.dtype}, {value_pages.dtype}")
-    if not page_numbers.dtype == offsets.dtype == torch.long:
-        raise ValueError(f"page_numbers and offsets must be long, got {page_numbers.dtype} and {offsets.dtype}")
+    _check_dtypes(key_pages, value_pages, page_numbers, offsets, key, value)
+    if gpu.run_on(key, value, key_pages, value_pages, page_numbers, offsets):
+        from tide_kernels.cuda.kv_write import write_kv_cuda
+
+        layer = key_pages[None], value_pages[None]
+        write_kv_cuda(*layer, page_numbers, offsets, key[:, None], value[:, None], None, None)
+        return
     is_on_cpu = all(t.device.type == "cpu" for t in (key, value, key_pages, page_numbers, offsets))
     if is_on_cpu and key_pages.is_contiguous() and value_pages.is_contiguous():
         key, value = with_whole_heads(key), with_whole_heads(value)
@@ -47,6 +160,15 @@ def write_kv(
         copy_rows(*pools, *places, *rows, len(page_numbers), num_heads, page_size, head_dim * size)
     else:
         write_kv_reference(key_pages, value_pages, page_numbers, offsets, key, value)
+
+
+def _check_dtypes(
+    key_pages: Tensor, value_pages: Tensor, page_numbers: Tensor, offsets: Tensor, key: Tensor, value: Tensor
+) -> None:
+    if not key.dtype == value.dtype == key_pages.dtype == value_pages.dtype:
+        raise ValueError(f"dtypes differ: {key.dtype}, {value.dtype}, pages of {key_pages.dtype}, {value_pages.dtype}")
+    if not page_numbers.dtype == offsets.dtype == torch.long:
+        raise ValueError(f"page_numbers and offsets must be long, got {page_numbers.dtype} and {offsets.dtype}")
 
 
 def write_kv_reference(

@@ -1,8 +1,8 @@
-"""RMS normalisation (arXiv 1910.07467) on a CPU in one pass over memory instead of seven, alone or after an addition.
+"""RMS normalisation (arXiv 1910.07467) in one pass over memory instead of seven, alone or after an addition.
 
-``rms_norm`` is the Numba CPU kernel, ``rms_norm_reference`` the same in torch: what transformers' models compute, with
-their two roundings, of the normalised row and of its product with the weight. ``add_rms_norm`` also adds what a part of
-a layer computed to the residual stream, and returns both.
+``rms_norm`` is a Numba kernel on a CPU and on a GPU; ``rms_norm_reference``, the same in torch, stands in on a GPU
+without kernels: what transformers' models compute, with their two roundings, of the normalised row and of its product
+with the weight. ``add_rms_norm`` also adds what a part of a layer computed to the residual stream, and returns both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from tide_kernels import gpu
 from tide_kernels.cpu import PARALLEL_FROM, is_for_kernels, jit, launch
 from tide_kernels.layer_vectors import add_numbers, scale_twice, sum_of_squares
 from tide_kernels.vectors import MAX_LANES
@@ -25,13 +26,19 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * rows / sqrt(mean(rows ** 2) + eps)`` over the last dimension.
 
     Args:
-        rows: float32 or bfloat16 ``[..., D]``; D is a multiple of 16.
+        rows: float32 or bfloat16 ``[..., D]``, on a GPU also float16; on a CPU D is a multiple of 16.
         weight: ``[D]`` of the same dtype.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
     _check(rows, weight)
+    if gpu.run_on(rows, weight):
+        from tide_kernels.cuda.rms_norm import rms_norm_cuda
+
+        return rms_norm_cuda(rows, weight, eps)
+    if rows.device.type != "cpu":
+        return rms_norm_reference(rows, weight, eps)
     rows, weight = rows.contiguous(), weight.contiguous()
     out = torch.empty_like(rows)
     _run(rows, 0, 0, weight, out, eps)
@@ -49,8 +56,14 @@ def add_rms_norm(rows: Tensor, update: Tensor, weight: Tensor, eps: float) -> tu
         ValueError: shapes or dtypes do not fit together.
     """
     _check(rows, weight)
-    if update.shape != rows.shape or not is_for_kernels(rows, update):
+    if update.shape != rows.shape or update.dtype != rows.dtype or update.device != rows.device:
         raise ValueError(f"rows {tuple(rows.shape)} do not fit an update {tuple(update.shape)} in {update.dtype}")
+    if gpu.run_on(rows, update, weight):
+        from tide_kernels.cuda.rms_norm import add_rms_norm_cuda
+
+        return add_rms_norm_cuda(rows, update, weight, eps)
+    if rows.device.type != "cpu":
+        return add_rms_norm_reference(rows, update, weight, eps)
     rows, update, weight = rows.contiguous(), update.contiguous(), weight.contiguous()
     total, out = torch.empty_like(rows), torch.empty_like(rows)
     _run(rows, update.data_ptr(), total.data_ptr(), weight, out, eps)
@@ -71,7 +84,9 @@ def add_rms_norm_reference(rows: Tensor, update: Tensor, weight: Tensor, eps: fl
 
 def _check(rows: Tensor, weight: Tensor) -> None:
     width = rows.shape[-1]
-    if weight.shape != (width,) or width % MAX_LANES or not is_for_kernels(rows, weight):
+    fits = weight.shape == (width,) and weight.dtype == rows.dtype and weight.device == rows.device
+    is_for_cpu = rows.device.type == "cpu" and not gpu.run_on(rows, weight)
+    if not fits or (is_for_cpu and (width % MAX_LANES or not is_for_kernels(rows, weight))):
         raise ValueError(
             f"rows {tuple(rows.shape)} in {rows.dtype} do not fit a weight {tuple(weight.shape)} in {weight.dtype}, "
             f"or are not of {MAX_LANES} x n numbers"

@@ -1,6 +1,7 @@
-"""SiLU of one half of each row times the other half, on a CPU: the middle of a gated feed-forward layer.
+"""SiLU of one half of each row times the other half: the middle of a gated feed-forward layer.
 
-``silu_mul`` is the Numba CPU kernel, ``silu_mul_reference`` the same in torch.
+``silu_mul`` is a Numba kernel on a CPU and on a GPU; ``silu_mul_reference``, the same in torch, stands in on a GPU
+without kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
+from tide_kernels import gpu
 from tide_kernels.cpu import PARALLEL_FROM, is_for_kernels, jit, launch
 from tide_kernels.layer_vectors import silu_times
 from tide_kernels.vectors import MAX_LANES
@@ -21,7 +23,7 @@ def silu_mul(rows: Tensor) -> Tensor:
     """``silu(rows[..., :F]) * rows[..., F:]``.
 
     Args:
-        rows: float32 or bfloat16 ``[..., 2 F]``; F is a multiple of 16.
+        rows: float32 or bfloat16 ``[..., 2 F]``, on a GPU also float16; on a CPU F is a multiple of 16.
 
     Returns:
         ``[..., F]``.
@@ -30,6 +32,12 @@ def silu_mul(rows: Tensor) -> Tensor:
         ValueError: another width or dtype.
     """
     width = rows.shape[-1] // 2
+    if rows.shape[-1] % 2 == 0 and gpu.run_on(rows):
+        from tide_kernels.cuda.silu_mul import silu_mul_cuda
+
+        return silu_mul_cuda(rows)
+    if rows.shape[-1] % 2 == 0 and rows.device.type != "cpu":
+        return silu_mul_reference(rows)
     if rows.shape[-1] % (2 * MAX_LANES) or not is_for_kernels(rows):
         raise ValueError(f"rows must be of 2 x {MAX_LANES} x n numbers, got {tuple(rows.shape)} in {rows.dtype}")
     rows = rows.contiguous()

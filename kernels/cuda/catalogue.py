@@ -10,14 +10,21 @@ from collections.abc import Callable
 
 import torch
 
+from tide_kernels.cuda.compact import move_kernel, partition_kernel
 from tide_kernels.cuda.kernel import Kernel
+from tide_kernels.cuda.kv_write import write_kernel
+from tide_kernels.cuda.launches import PARTITION_THREADS, SPECIALISED_WIDTHS
+from tide_kernels.cuda.rms_norm import norm_kernel
 from tide_kernels.cuda.route import route_kernel
+from tide_kernels.cuda.silu_mul import silu_kernel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERAL = 0
 """The width that stands for any other."""
 
 ROUTES = ((4096, 128, "none"), (4096, 256, "rms"), (576, 64, "layer"), (GENERAL, 128, "rms"))
+
+KV_WRITES = (("none", False, True), ("half", False, True), ("half", True, True), ("interleaved", False, False))
 
 
 def catalogue() -> dict[str, Callable[[], Kernel]]:
@@ -32,6 +39,21 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
         ):
             facts = dtype, width, bottleneck, kind, kind != "none", kind == "layer"
             listed[f"route/{name}/{_width(width)}/{bottleneck}/{kind}"] = functools.partial(route_kernel, *facts)
+        for width in (*SPECIALISED_WIDTHS, GENERAL):
+            for has_update in (False, True):
+                kind = "add_rms_norm" if has_update else "rms_norm"
+                facts = dtype, width, has_update
+                listed[f"{kind}/{name}/{_width(width)}"] = functools.partial(norm_kernel, *facts)
+        for is_vector in (True, False):
+            fact = "16 bytes" if is_vector else "any"
+            listed[f"silu_mul/{name}/{fact}"] = functools.partial(silu_kernel, dtype, is_vector=is_vector)
+        for layout, is_normed, is_vector in KV_WRITES:
+            facts = dtype, layout, False, is_normed
+            traits = f"{layout}{'/norm' if is_normed else ''}/{'16 bytes' if is_vector else 'any'}"
+            listed[f"kv_write/{name}/{traits}"] = functools.partial(write_kernel, *facts, is_vector=is_vector)
+    listed["partition"] = functools.partial(partition_kernel, PARTITION_THREADS)
+    for kind in ("gather", "scatter"):
+        listed[f"{kind}/16 bytes"] = functools.partial(move_kernel, 16, is_gather=kind == "gather", is_counted=True)
     return listed
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cuda, float32, types, uint16, uint32
+from torch import Tensor
 
 from tide_kernels.cuda.kernel import IS_SIMULATED
 
@@ -55,6 +56,11 @@ def elements(dtype: torch.dtype, *, is_vector: bool = True) -> Elements:
         store(cells, i, values[0])
 
     return Elements(1, load, store, rounded, load_one, store_one)
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether all tensors begin where 16 bytes can be read at once."""
+    return all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
 
 
 if IS_SIMULATED:

@@ -5,7 +5,6 @@ Rows and tiles decide registers and shared memory, see ``python jobs/benchmark.p
 
 from __future__ import annotations
 
-MAX_THREADS = 1024
 WARP_THREADS = 32
 
 SPECIALISED_WIDTHS = (576, 768, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 8192)
@@ -16,6 +15,15 @@ ROUTE_ROWS = 8
 ROUTE_MAX_BOTTLENECK = 256
 ROUTE_MIN_SLICE = 256
 """Channels of the state below which the product is not split over more blocks."""
+NORM_THREADS = 256
+"""That share a row, at most."""
+SILU_THREADS = 256
+KV_WARPS = 4
+"""Heads that a block writes, one to a warp."""
+PARTITION_THREADS = 512
+"""Of the one block that parts the rows of a launch."""
+MOVE_THREADS = 256
+"""Words of a row that one block moves, at most."""
 BLOCKS_PER_PROCESSOR = 2
 """Blocks that splits aim at for each streaming multiprocessor."""
 

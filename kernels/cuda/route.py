@@ -14,7 +14,7 @@ from numba import cuda, float32, int32
 from torch import Tensor
 
 from tide_kernels.cuda.activations import reciprocal_root, sigmoid, silu
-from tide_kernels.cuda.elements import elements
+from tide_kernels.cuda.elements import elements, is_aligned
 from tide_kernels.cuda.kernel import FLOAT, INT, Kernel, num_processors, pointer, zeroed_counters
 from tide_kernels.cuda.launches import (
     BLOCKS_PER_PROCESSOR,
@@ -45,7 +45,9 @@ def route_cuda(
     exits = torch.empty(num_rows, dtype=torch.bool, device=states.device)
     partial = torch.empty(splits * num_rows * gate.bottleneck if splits > 1 else 1, device=states.device)
     traits = norm.kind, norm.weight is not None, norm.bias is not None
-    kernel = route_kernel(states.dtype, width if width in SPECIALISED_WIDTHS else 0, gate.bottleneck, *traits)
+    kernel = route_kernel(
+        states.dtype, width if width in SPECIALISED_WIDTHS and is_aligned(states) else 0, gate.bottleneck, *traits
+    )
     kernel.launch(
         (tiles, splits),
         whole_warps(gate.bottleneck),
