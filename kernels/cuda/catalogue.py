@@ -14,6 +14,7 @@ from tide_kernels.cuda.compact import move_kernel, partition_kernel
 from tide_kernels.cuda.kernel import Kernel
 from tide_kernels.cuda.kv_write import write_kernel
 from tide_kernels.cuda.launches import PARTITION_THREADS, SPECIALISED_WIDTHS
+from tide_kernels.cuda.paged_attention import attend_kernel, combine_kernel
 from tide_kernels.cuda.rms_norm import norm_kernel
 from tide_kernels.cuda.route import route_kernel
 from tide_kernels.cuda.silu_mul import silu_kernel
@@ -25,6 +26,10 @@ GENERAL = 0
 ROUTES = ((4096, 128, "none"), (4096, 256, "rms"), (576, 64, "layer"), (GENERAL, 128, "rms"))
 
 KV_WRITES = (("none", False, True), ("half", False, True), ("half", True, True), ("interleaved", False, False))
+
+ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 4), (256, 2, 1), (256, 1, 4))
+"""Width of a head, heads and rows that a block takes."""
+PAGE_SIZE = 32
 
 
 def catalogue() -> dict[str, Callable[[], Kernel]]:
@@ -51,6 +56,14 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
             facts = dtype, layout, False, is_normed
             traits = f"{layout}{'/norm' if is_normed else ''}/{'16 bytes' if is_vector else 'any'}"
             listed[f"kv_write/{name}/{traits}"] = functools.partial(write_kernel, *facts, is_vector=is_vector)
+        for head_dim, heads, rows in ATTENTIONS:
+            for has_softcap, is_split in ((False, False), (False, True), (True, True)):
+                traits = f"{head_dim}/{heads} heads/{rows} rows{'/softcap' * has_softcap}{'/split' * is_split}"
+                facts = dtype, head_dim, heads, rows, PAGE_SIZE, has_softcap
+                kinds = {"is_extend": rows > 1, "is_split": is_split, "is_vector": True}
+                make = functools.partial(attend_kernel, *facts, **kinds)
+                listed[f"attention/{name}/{traits}"] = make
+        listed[f"combine/{name}"] = functools.partial(combine_kernel, dtype)
     listed["partition"] = functools.partial(partition_kernel, PARTITION_THREADS)
     for kind in ("gather", "scatter"):
         listed[f"{kind}/16 bytes"] = functools.partial(move_kernel, 16, is_gather=kind == "gather", is_counted=True)

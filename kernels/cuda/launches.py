@@ -20,6 +20,14 @@ NORM_THREADS = 256
 SILU_THREADS = 256
 KV_WARPS = 4
 """Heads that a block writes, one to a warp."""
+ATTENTION_WARPS = 4
+QUERIES_PER_BLOCK = 4
+"""Queries that share one reading of a sequence's K and V; each needs 8 to 16 registers for every lane."""
+ATTENTION_BLOCKS_PER_PROCESSOR = 4
+ATTENTION_MIN_TOKENS = 256
+"""Tokens below which a sequence is not split over more blocks."""
+MAX_SPLITS = 64
+COMBINE_THREADS = 128
 PARTITION_THREADS = 512
 """Of the one block that parts the rows of a launch."""
 MOVE_THREADS = 256

@@ -1,0 +1,324 @@
+"""The CUDA kernels of ``paged_decode_attention`` and ``paged_extend_attention``: flash decoding over pages.
+
+A block takes one K/V head of one sequence and up to QUERIES_PER_BLOCK queries that read it: heads of the group, and of
+several rows where a sequence has more than one. A token's K is read 16 bytes to a lane by just as many lanes as that
+takes; the other lanes of the warp read the next tokens. Each such set of lanes keeps a running softmax of its own, and
+all of them are merged at the end. Where sequences are few, each is split over several blocks, and ``combine`` merges
+those.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from numba import cuda, float32
+from torch import Tensor
+
+from tide_kernels.cuda.activations import exp
+from tide_kernels.cuda.elements import elements, is_aligned
+from tide_kernels.cuda.kernel import FLOAT, INT, LONG, Kernel, num_processors, pointer
+from tide_kernels.cuda.launches import (
+    ATTENTION_BLOCKS_PER_PROCESSOR,
+    ATTENTION_MIN_TOKENS,
+    ATTENTION_WARPS,
+    COMBINE_THREADS,
+    MAX_SPLITS,
+    QUERIES_PER_BLOCK,
+)
+from tide_kernels.cuda.reductions import ALL_LANES, WARP
+
+MAX_HEAD_DIM = 256
+
+
+def paged_attention_cuda(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    row_starts: Tensor | None,
+    lengths: Tensor,
+    *,
+    max_rows: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    """``paged_extend_attention`` for checked arguments on a GPU; without ``row_starts`` every row is a sequence."""
+    num_rows, num_heads, head_dim = query.shape
+    _, kv_heads, page_size, _ = key_pages.shape
+    key_pages, value_pages = key_pages.contiguous(), value_pages.contiguous()
+    query = query if query.stride(2) == 1 else query.contiguous()
+    group = num_heads // kv_heads
+    heads, rows = queries_of_block(group, max_rows)
+    tiles, row_tiles = -(-group // heads), -(-max_rows // rows)
+    sequences = page_table.shape[0] * row_tiles
+    splits = _num_splits(query.device, sequences * kv_heads * tiles, page_table.shape[1] * page_size)
+    lanes = elements(query.dtype).lanes
+    strides = query.stride(0), query.stride(1)
+    is_vector = head_dim % lanes == 0 and all(stride % lanes == 0 for stride in strides)
+    is_vector = is_vector and is_aligned(query, key_pages, value_pages)
+    out = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype, device=query.device)
+    is_split = splits > 1
+    sums = torch.empty((splits, num_rows, num_heads, head_dim) if is_split else 1, device=query.device)
+    maxima = torch.empty((2, splits, num_rows, num_heads) if is_split else 1, device=query.device)
+    facts = query.dtype, head_dim, heads, rows, page_size, softcap > 0
+    kinds = {"is_extend": row_starts is not None, "is_split": is_split, "is_vector": is_vector}
+    attend_kernel(*facts, **kinds).launch(
+        (sequences, kv_heads * tiles, splits),
+        ATTENTION_WARPS * WARP,
+        query,
+        key_pages,
+        value_pages,
+        page_table.contiguous(),
+        lengths if row_starts is None else row_starts.contiguous(),
+        lengths.contiguous(),
+        out,
+        sums,
+        maxima,
+        num_rows,
+        num_heads,
+        kv_heads,
+        page_table.shape[1],
+        row_tiles,
+        *strides,
+        window,
+        scale,
+        softcap,
+    )
+    if is_split:
+        combine_kernel(query.dtype).launch(
+            (num_rows * num_heads,), COMBINE_THREADS, sums, maxima, out, num_rows * num_heads, head_dim, splits
+        )
+    return out
+
+
+def queries_of_block(group: int, max_rows: int) -> tuple[int, int]:
+    """Heads of a group, and rows of a sequence, that a block takes at once; together at most QUERIES_PER_BLOCK."""
+    tiles = -(-group // QUERIES_PER_BLOCK)
+    heads = -(-group // tiles)
+    return heads, min(max_rows, QUERIES_PER_BLOCK // heads)
+
+
+def _num_splits(device: torch.device, blocks: int, max_tokens: int) -> int:
+    wished = -(-ATTENTION_BLOCKS_PER_PROCESSOR * num_processors(device) // max(blocks, 1))
+    return max(1, min(wished, max_tokens // ATTENTION_MIN_TOKENS, MAX_SPLITS))
+
+
+@functools.cache
+def attend_kernel(
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+    rows: int,
+    page_size: int,
+    has_softcap: bool,
+    *,
+    is_extend: bool,
+    is_split: bool,
+    is_vector: bool,
+) -> Kernel:
+    """The kernel for one shape: ``heads`` and ``rows`` as ``queries_of_block`` gives them.
+
+    ``is_extend``: sequences have the rows that ``row_starts`` says; otherwise one each.
+    """
+    numbers = elements(dtype, is_vector=is_vector)
+    lanes, load_vector, store = numbers.lanes, numbers.load_vector, numbers.store
+    vectors = -(-head_dim // lanes)  # of one head
+    token_lanes = min(WARP, 1 << (vectors - 1).bit_length())  # that read one token together
+    held = -(-vectors // token_lanes)  # vectors to a lane
+    width = held * lanes
+    tokens = WARP // token_lanes  # that a warp reads at once
+    queries = heads * rows
+    num_numbers, all_heads, step = queries * width, queries * head_dim, ATTENTION_WARPS * tokens
+    warps, padded = ATTENTION_WARPS, queries * head_dim * ATTENTION_WARPS
+    peaks = ATTENTION_WARPS * queries
+    many_rows = rows > 1
+    reach = tuple(2**k for k in range(5) if 2**k < token_lanes)[::-1] or (0,)
+    merges = tuple(2**k for k in range(5) if 2**k >= token_lanes) or (0,)
+    nothing = float32(-math.inf)
+
+    @cuda.jit(device=True)
+    def read_head(cells, start, lane, values, vector):  # type: ignore[no-untyped-def]
+        """This lane's numbers of one head; 0 past its end."""
+        for v in range(held):
+            index = v * token_lanes + lane
+            if index < vectors:
+                load_vector(cells, start + index * lanes, vector)
+                for k in range(lanes):
+                    values[v * lanes + k] = vector[k]
+            else:
+                for k in range(lanes):
+                    values[v * lanes + k] = float32(0)
+
+    @cuda.jit(device=True)
+    def share(mine, best):  # type: ignore[no-untyped-def]
+        """What a running sum with maximum ``mine`` counts beside one with the maximum ``best``."""
+        return float32(0) if mine == nothing else exp(mine - best)
+
+    def attend(  # type: ignore[no-untyped-def]
+        query,
+        key_pages,
+        value_pages,
+        page_table,
+        row_starts,
+        lengths,
+        out,
+        sums,
+        maxima,
+        num_rows,
+        num_heads,
+        kv_heads,
+        table_width,
+        row_tiles,
+        row_stride,
+        head_stride,
+        window,
+        scale,
+        softcap,
+    ):
+        merged = cuda.shared.array(padded, float32)
+        peak_of = cuda.shared.array(peaks, float32)
+        total_of = cuda.shared.array(peaks, float32)
+        q = cuda.local.array(num_numbers, float32)
+        acc = cuda.local.array(num_numbers, float32)
+        peak = cuda.local.array(queries, float32)
+        total = cuda.local.array(queries, float32)
+        key = cuda.local.array(width, float32)
+        value = cuda.local.array(width, float32)
+        vector = cuda.local.array(lanes, float32)
+        warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
+        part, place = lane % token_lanes, lane // token_lanes
+        sequence = cuda.blockIdx.x // row_tiles
+        kv_head, tile = cuda.blockIdx.y % kv_heads, cuda.blockIdx.y // kv_heads
+        group = num_heads // kv_heads
+        first, last = sequence, sequence + 1
+        if is_extend:
+            first = row_starts[sequence] + cuda.blockIdx.x % row_tiles * rows
+            last = row_starts[sequence + 1]
+        if first >= last:
+            return
+        begin, end = lengths[first], lengths[min(first + rows, last) - 1]  # rows of a sequence see ever more
+        begin = max(0, begin - window) if window > 0 else 0
+        each = (end - begin + cuda.gridDim.z - 1) // cuda.gridDim.z
+        begin += cuda.blockIdx.z * each
+        end = min(end, begin + each)
+        for r in range(rows):
+            for h in range(heads):
+                i = r * heads + h
+                row, head = min(first + r, last - 1), min(tile * heads + h, group - 1)
+                read_head(query, row * row_stride + (kv_head * group + head) * head_stride, part, key, vector)
+                for k in range(width):
+                    q[i * width + k] = key[k] * scale
+                    acc[i * width + k] = float32(0)
+                peak[i], total[i] = nothing, float32(0)
+        for base in range(begin + warp * tokens, end, step):
+            token = base + place
+            is_here = token < end
+            at = 0
+            if is_here:
+                page = page_table[sequence * table_width + token // page_size]
+                at = ((page * kv_heads + kv_head) * page_size + token % page_size) * head_dim
+                read_head(key_pages, at, part, key, vector)
+                read_head(value_pages, at, part, value, vector)
+            for r in range(rows):
+                is_seen = is_here
+                if many_rows:
+                    length = lengths[min(first + r, last - 1)]
+                    is_seen = is_here and token < length and (window == 0 or token >= length - window)
+                for h in range(heads):
+                    i = r * heads + h
+                    score = float32(0)
+                    if is_here:
+                        for k in range(width):
+                            score += q[i * width + k] * key[k]
+                    for far in reach:
+                        if far > 0:
+                            score += cuda.shfl_xor_sync(ALL_LANES, score, far)
+                    if has_softcap:
+                        score = softcap * math.tanh(score / softcap)
+                    if is_seen:
+                        weight = float32(1)
+                        if score > peak[i]:
+                            fading = share(peak[i], score)
+                            peak[i] = score
+                            total[i] *= fading
+                            for k in range(width):
+                                acc[i * width + k] *= fading
+                        else:
+                            weight = exp(score - peak[i])
+                        total[i] += weight
+                        for k in range(width):
+                            acc[i * width + k] += weight * value[k]
+        for i in range(queries):
+            for far in merges:  # the sets of lanes of one warp
+                if far > 0:
+                    other = cuda.shfl_xor_sync(ALL_LANES, peak[i], far)
+                    best = max(peak[i], other)
+                    mine, theirs = share(peak[i], best), share(other, best)
+                    total[i] = total[i] * mine + cuda.shfl_xor_sync(ALL_LANES, total[i], far) * theirs
+                    for k in range(width):
+                        numbers_there = cuda.shfl_xor_sync(ALL_LANES, acc[i * width + k], far)
+                        acc[i * width + k] = acc[i * width + k] * mine + numbers_there * theirs
+                    peak[i] = best
+            if place == 0:
+                if part == 0:
+                    peak_of[warp * queries + i], total_of[warp * queries + i] = peak[i], total[i]
+                for v in range(held):
+                    index = v * token_lanes + part
+                    if index < vectors:
+                        for k in range(lanes):
+                            channel = index * lanes + k
+                            merged[(warp * queries + i) * head_dim + channel] = acc[i * width + v * lanes + k]
+        cuda.syncthreads()
+        for j in range(cuda.threadIdx.x, all_heads, warps * WARP):
+            i, channel = j // head_dim, j % head_dim
+            row, head = first + i // heads, tile * heads + i % heads
+            if row < last and head < group:
+                best, weight, number = nothing, float32(0), float32(0)
+                for w in range(warps):
+                    best = max(best, peak_of[w * queries + i])
+                for w in range(warps):
+                    counts = share(peak_of[w * queries + i], best)
+                    weight += total_of[w * queries + i] * counts
+                    number += merged[(w * queries + i) * head_dim + channel] * counts
+                place_out = row * num_heads + kv_head * group + head
+                if is_split:
+                    slot = cuda.blockIdx.z * num_rows * num_heads + place_out
+                    sums[slot * head_dim + channel] = number
+                    if channel == 0:
+                        maxima[slot] = best
+                        maxima[cuda.gridDim.z * num_rows * num_heads + slot] = weight
+                else:
+                    store(out, place_out * head_dim + channel, number / weight)
+
+    cells, wide, ints = pointer(dtype), pointer(torch.float32), pointer(torch.int32)
+    inputs = cells, cells, cells, ints, ints, ints
+    return Kernel(attend, *inputs, cells, wide, wide, *[INT] * 5, LONG, LONG, INT, FLOAT, FLOAT)
+
+
+@functools.cache
+def combine_kernel(dtype: torch.dtype) -> Kernel:
+    """Merges what the splits of a sequence found, a block to each head of each row."""
+    store = elements(dtype).store
+    nothing = float32(-math.inf)
+
+    def combine(sums, maxima, out, num_slots, head_dim, splits):  # type: ignore[no-untyped-def]
+        slot = cuda.blockIdx.x
+        best = nothing
+        for split in range(splits):
+            best = max(best, maxima[split * num_slots + slot])
+        for channel in range(cuda.threadIdx.x, head_dim, cuda.blockDim.x):
+            weight, number = float32(0), float32(0)
+            for split in range(splits):
+                place = split * num_slots + slot
+                peak = maxima[place]
+                if peak > nothing:
+                    counts = exp(peak - best)
+                    weight += maxima[splits * num_slots + place] * counts
+                    number += sums[place * head_dim + channel] * counts
+            store(out, slot * head_dim + channel, number / weight)
+
+    wide = pointer(torch.float32)
+    return Kernel(combine, wide, wide, pointer(dtype), INT, INT, INT)

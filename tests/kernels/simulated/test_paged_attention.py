@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tide_kernels.paged_attention import (
+    paged_decode_attention,
+    paged_decode_attention_reference,
+    paged_extend_attention,
+    paged_extend_attention_reference,
+)
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+PAGE_SIZE = 4
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two warps, and splits of a few tokens."""
+    for name, value in (("ATTENTION_WARPS", 2), ("ATTENTION_MIN_TOKENS", 8), ("COMBINE_THREADS", 32)):
+        monkeypatch.setattr(f"tide_kernels.cuda.paged_attention.{name}", value)
+
+
+def make_case(dtype, generator, num_heads: int, kv_heads: int, head_dim: int, lengths: list[int], num_rows: int):
+    """Query of ``num_rows`` rows, pages scattered over the pool with NaN behind each last token, table, lengths."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    width = -(-max(lengths) // PAGE_SIZE)
+    num_pages = width * len(lengths) + 2
+    table = torch.randperm(num_pages, generator=generator)[: width * len(lengths)].view(len(lengths), width).int()
+    keys, values = (random(num_pages, kv_heads, PAGE_SIZE, head_dim) for _ in range(2))
+    for row, length in enumerate(lengths):
+        for page, number in enumerate(table[row].tolist()):
+            used = max(0, min(PAGE_SIZE, length - page * PAGE_SIZE))
+            keys[number, :, used:], values[number, :, used:] = float("nan"), float("nan")
+    return random(num_rows, num_heads, head_dim), keys, values, table
+
+
+def without_nan(case):
+    query, keys, values, table = case
+    return query, keys.nan_to_num(), values.nan_to_num(), table
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "kv_heads", "head_dim"), [(2, 1, 16), (3, 1, 24), (10, 2, 8), (1, 1, 7), (1, 1, 256)]
+)
+def test_decode_equals_the_reference_and_what_lies_behind_is_not_read(
+    dtype, generator, num_heads, kv_heads, head_dim
+) -> None:
+    lengths = [1, 13]
+    case = make_case(dtype, generator, num_heads, kv_heads, head_dim, lengths, 2)
+    counts = torch.tensor(lengths).int()
+    actual = paged_decode_attention(*case, counts, scale=0.3)
+    expected = paged_decode_attention_reference(*without_nan(case), counts, scale=0.3)
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(2.0, 0), (0.0, 5), (3.0, 9)])
+def test_softcap_and_window(generator, softcap: float, window: int) -> None:
+    case = make_case(torch.float32, generator, 4, 2, 16, [4, 9, 26], 3)
+    counts, options = torch.tensor([4, 9, 26]).int(), {"scale": 0.5, "softcap": softcap, "window": window}
+    actual = paged_decode_attention(*case, counts, **options)
+    expected = paged_decode_attention_reference(*without_nan(case), counts, **options)
+    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize(("num_heads", "kv_heads"), [(2, 2), (4, 1), (6, 1)])
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (2.0, 6)])
+def test_a_few_rows_of_a_sequence_see_what_they_may(generator, num_heads, kv_heads, softcap, window) -> None:
+    """Sequences of 3, 0 and 5 rows; the first's skip positions, as deferred ones do."""
+    case = make_case(torch.float32, generator, num_heads, kv_heads, 16, [11, 1, 5], 8)
+    counts = torch.tensor([2, 7, 11, 1, 2, 3, 4, 5]).int()
+    starts = torch.tensor([0, 3, 3, 8]).int()
+    options = {"max_rows": 5, "scale": 0.5, "softcap": softcap, "window": window}
+    actual = paged_extend_attention(*case, starts, counts, **options)
+    expected = paged_extend_attention_reference(*without_nan(case), starts, counts, **options)
+    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=3e-6)
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(generator) -> None:
+    query, keys, values, table = without_nan(make_case(torch.float32, generator, 2, 1, 16, [20], 1))
+    counts = torch.tensor([20]).int()
+    actual = paged_decode_attention(query * 100, keys, values, table, counts, scale=1.0)
+    expected = paged_decode_attention_reference(query * 100, keys, values, table, counts, scale=1.0)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_queries_may_lie_head_by_head_and_a_row_that_is_not_a_number_spoils_no_other(generator) -> None:
+    query, keys, values, table = make_case(torch.float32, generator, 2, 1, 16, [3, 9], 2)
+    query[0, 1, 2] = float("nan")
+    apart, counts = query.transpose(0, 1).contiguous().transpose(0, 1), torch.tensor([3, 9]).int()
+    actual = paged_decode_attention(apart, keys, values, table, counts, scale=0.25)
+    together = paged_decode_attention(query, keys, values, table, counts, scale=0.25)
+    torch.testing.assert_close(actual, together, atol=0, rtol=0, equal_nan=True)
+    assert actual.isnan().any(-1).tolist() == [[False, True], [False, False]]
+
+
+def test_no_rows_give_nothing() -> None:
+    pages = torch.zeros(1, 1, PAGE_SIZE, 8)
+    table, none = torch.zeros(0, 1).int(), torch.zeros(0).int()
+    assert paged_decode_attention(torch.zeros(0, 2, 8), pages, pages, table, none, scale=1.0).shape == (0, 2, 8)
+
+
+def test_what_does_not_fit_is_refused(generator) -> None:
+    case = make_case(torch.float32, generator, 2, 1, 16, [3, 9], 2)
+    counts = torch.tensor([3, 9]).int()
+    with pytest.raises(ValueError, match="row_starts"):
+        paged_extend_attention(*case, torch.tensor([0, 1]).int(), counts, max_rows=1, scale=1.0)
+    with pytest.raises(ValueError, match="rows do not fit"):
+        paged_decode_attention(*case, counts[:1], scale=1.0)
