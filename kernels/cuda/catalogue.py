@@ -13,10 +13,11 @@ import torch
 from tide_kernels.cuda.compact import move_kernel, partition_kernel
 from tide_kernels.cuda.kernel import Kernel
 from tide_kernels.cuda.kv_write import write_kernel
-from tide_kernels.cuda.launches import PARTITION_THREADS, SPECIALISED_WIDTHS
+from tide_kernels.cuda.launches import PARTITION_THREADS, SAMPLE_THREADS, SPECIALISED_WIDTHS
 from tide_kernels.cuda.paged_attention import attend_kernel, combine_kernel
 from tide_kernels.cuda.rms_norm import norm_kernel
 from tide_kernels.cuda.route import route_kernel
+from tide_kernels.cuda.sample import sample_kernel
 from tide_kernels.cuda.silu_mul import silu_kernel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,7 +28,7 @@ ROUTES = ((4096, 128, "none"), (4096, 256, "rms"), (576, 64, "layer"), (GENERAL,
 
 KV_WRITES = (("none", False, True), ("half", False, True), ("half", True, True), ("interleaved", False, False))
 
-ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 4), (256, 2, 1), (256, 1, 4))
+ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 4), (256, 2, 1), (256, 1, 2))
 """Width of a head, heads and rows that a block takes."""
 PAGE_SIZE = 32
 
@@ -52,6 +53,8 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
         for is_vector in (True, False):
             fact = "16 bytes" if is_vector else "any"
             listed[f"silu_mul/{name}/{fact}"] = functools.partial(silu_kernel, dtype, is_vector=is_vector)
+            make = functools.partial(sample_kernel, dtype, SAMPLE_THREADS, is_vector=is_vector)
+            listed[f"sample/{name}/{fact}"] = make
         for layout, is_normed, is_vector in KV_WRITES:
             facts = dtype, layout, False, is_normed
             traits = f"{layout}{'/norm' if is_normed else ''}/{'16 bytes' if is_vector else 'any'}"

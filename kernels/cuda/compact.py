@@ -91,7 +91,8 @@ def partition_kernel(threads: int) -> Kernel:
                 order[num_exits + (row - done - before)] = row
             done += total
 
-    return Kernel(part_rows, pointer(torch.bool), pointer(torch.int64), pointer(torch.int32), INT)
+    pointers = pointer(torch.bool), pointer(torch.int64), pointer(torch.int32)
+    return Kernel(part_rows, *pointers, INT, max_threads=threads)
 
 
 @functools.cache
@@ -111,5 +112,5 @@ def move_kernel(size: int, *, is_gather: bool, is_counted: bool) -> Kernel:
         else:
             target[to_row * words + word] = source[from_row * words + word]
 
-    cells = pointer(WORDS[size])
-    return Kernel(move, cells, cells, pointer(torch.int64), pointer(torch.int32 if is_counted else torch.int64), INT)
+    cells, counted = pointer(WORDS[size]), pointer(torch.int32 if is_counted else torch.int64)
+    return Kernel(move, cells, cells, pointer(torch.int64), counted, INT, max_threads=MOVE_THREADS)

@@ -44,15 +44,18 @@ class Kernel:
     Args:
         function: the kernel as a Python function over pointers and numbers.
         parameters: types of its arguments: ``pointer(dtype)``, INT, LONG or FLOAT.
+        max_threads: of a block; the compiler keeps to the registers that so many leave to each.
     """
 
-    def __init__(self, function: Callable[..., None], *parameters: Any) -> None:
+    def __init__(self, function: Callable[..., None], *parameters: Any, max_threads: int, min_blocks: int = 1) -> None:
         self.function = function
         self.signature = types.void(*parameters)
+        self.max_threads = max_threads
         self._compiled: Any = None
 
     def launch(self, blocks: tuple[int, ...], threads: int, *arguments: Tensor | int | float) -> None:
         """Run on torch's current stream of the device that the first tensor lies on; empty grids do nothing."""
+        assert threads <= self.max_threads, f"{threads = }, compiled for {self.max_threads}"
         if 0 in blocks:
             return
         if IS_SIMULATED:
@@ -61,7 +64,7 @@ class Kernel:
         device = next(argument for argument in arguments if isinstance(argument, Tensor)).device
         with torch.cuda.device(device):
             if self._compiled is None:
-                self._compiled = cuda.jit(self.signature)(self.function)
+                self._compiled = cuda.jit(self.signature, launch_bounds=self.max_threads)(self.function)
             stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
             self._compiled[blocks, threads, stream](
                 *(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)

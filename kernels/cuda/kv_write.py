@@ -185,4 +185,4 @@ def write_kernel(dtype: torch.dtype, layout: str, repeats: bool, is_normed: bool
 
     cells, longs = pointer(dtype), pointer(torch.int64)
     tensors = cells, cells, longs, longs, cells, cells, cells, cells, cells
-    return Kernel(write_heads, *tensors, *[INT] * 6, *[LONG] * 5, FLOAT)
+    return Kernel(write_heads, *tensors, *[INT] * 6, *[LONG] * 5, FLOAT, max_threads=KV_WARPS * WARP)

@@ -21,13 +21,15 @@ SILU_THREADS = 256
 KV_WARPS = 4
 """Heads that a block writes, one to a warp."""
 ATTENTION_WARPS = 4
-QUERIES_PER_BLOCK = 4
-"""Queries that share one reading of a sequence's K and V; each needs 8 to 16 registers for every lane."""
+QUERY_NUMBERS_PER_BLOCK = 512
+"""Numbers of queries that share one reading of a sequence's K and V; each query's sums need registers, too."""
+MAX_QUERIES_PER_BLOCK = 4
 ATTENTION_BLOCKS_PER_PROCESSOR = 4
 ATTENTION_MIN_TOKENS = 256
 """Tokens below which a sequence is not split over more blocks."""
 MAX_SPLITS = 64
 COMBINE_THREADS = 128
+SAMPLE_THREADS = 512
 PARTITION_THREADS = 512
 """Of the one block that parts the rows of a launch."""
 MOVE_THREADS = 256

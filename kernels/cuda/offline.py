@@ -31,6 +31,7 @@ class Resources:
 
     name: str
     architecture: str
+    threads: int
     registers: int
     shared_bytes: int
     local_bytes: int
@@ -45,7 +46,7 @@ def resources(name: str, kernel: Kernel, capability: tuple[int, int]) -> Resourc
     """Compile one kernel for a compute capability."""
     start = time.perf_counter()
     with _as_if_on(capability):
-        ptx, _ = cuda.compile_ptx(kernel.function, kernel.signature, cc=capability)
+        ptx, _ = cuda.compile_ptx(kernel.function, kernel.signature, cc=capability, launch_bounds=kernel.max_threads)
     code_bytes, log = _assemble(ptx, capability)
     usage = log[log.rindex("Used ") :]  # the kernel's own line follows those of its device functions
 
@@ -55,6 +56,7 @@ def resources(name: str, kernel: Kernel, capability: tuple[int, int]) -> Resourc
     return Resources(
         name=name,
         architecture="{}.{}".format(*capability),
+        threads=kernel.max_threads,
         registers=number(r"Used (\d+) registers", usage),
         shared_bytes=number(r"(\d+) bytes smem", usage),
         local_bytes=number(r"(\d+) bytes lmem", usage),

@@ -1,6 +1,6 @@
 """The CUDA kernels of ``paged_decode_attention`` and ``paged_extend_attention``: flash decoding over pages.
 
-A block takes one K/V head of one sequence and up to QUERIES_PER_BLOCK queries that read it: heads of the group, and of
+A block takes one K/V head of one sequence and the few queries that read it: heads of the group, and of
 several rows where a sequence has more than one. A token's K is read 16 bytes to a lane by just as many lanes as that
 takes; the other lanes of the warp read the next tokens. Each such set of lanes keeps a running softmax of its own, and
 all of them are merged at the end. Where sequences are few, each is split over several blocks, and ``combine`` merges
@@ -24,8 +24,9 @@ from tide_kernels.cuda.launches import (
     ATTENTION_MIN_TOKENS,
     ATTENTION_WARPS,
     COMBINE_THREADS,
+    MAX_QUERIES_PER_BLOCK,
     MAX_SPLITS,
-    QUERIES_PER_BLOCK,
+    QUERY_NUMBERS_PER_BLOCK,
 )
 from tide_kernels.cuda.reductions import ALL_LANES, WARP
 
@@ -51,7 +52,7 @@ def paged_attention_cuda(
     key_pages, value_pages = key_pages.contiguous(), value_pages.contiguous()
     query = query if query.stride(2) == 1 else query.contiguous()
     group = num_heads // kv_heads
-    heads, rows = queries_of_block(group, max_rows)
+    heads, rows = queries_of_block(group, max_rows, head_dim)
     tiles, row_tiles = -(-group // heads), -(-max_rows // rows)
     sequences = page_table.shape[0] * row_tiles
     splits = _num_splits(query.device, sequences * kv_heads * tiles, page_table.shape[1] * page_size)
@@ -94,11 +95,11 @@ def paged_attention_cuda(
     return out
 
 
-def queries_of_block(group: int, max_rows: int) -> tuple[int, int]:
-    """Heads of a group, and rows of a sequence, that a block takes at once; together at most QUERIES_PER_BLOCK."""
-    tiles = -(-group // QUERIES_PER_BLOCK)
-    heads = -(-group // tiles)
-    return heads, min(max_rows, QUERIES_PER_BLOCK // heads)
+def queries_of_block(group: int, max_rows: int, head_dim: int) -> tuple[int, int]:
+    """Heads of a group, and rows of a sequence, that a block takes at once."""
+    queries = min(MAX_QUERIES_PER_BLOCK, QUERY_NUMBERS_PER_BLOCK // head_dim)
+    heads = -(-group // -(-group // queries))
+    return heads, min(max_rows, queries // heads)
 
 
 def _num_splits(device: torch.device, blocks: int, max_tokens: int) -> int:
@@ -132,11 +133,10 @@ def attend_kernel(
     tokens = WARP // token_lanes  # that a warp reads at once
     queries = heads * rows
     num_numbers, all_heads, step = queries * width, queries * head_dim, ATTENTION_WARPS * tokens
-    warps, padded = ATTENTION_WARPS, queries * head_dim * ATTENTION_WARPS
-    peaks = ATTENTION_WARPS * queries
+    readers = ATTENTION_WARPS * tokens  # sets of lanes with a running softmax of their own
+    threads, peaks, all_numbers = ATTENTION_WARPS * WARP, readers * queries, readers * queries * head_dim
     many_rows = rows > 1
     reach = tuple(2**k for k in range(5) if 2**k < token_lanes)[::-1] or (0,)
-    merges = tuple(2**k for k in range(5) if 2**k >= token_lanes) or (0,)
     nothing = float32(-math.inf)
 
     @cuda.jit(device=True)
@@ -178,7 +178,7 @@ def attend_kernel(
         scale,
         softcap,
     ):
-        merged = cuda.shared.array(padded, float32)
+        merged = cuda.shared.array(all_numbers, float32)
         peak_of = cuda.shared.array(peaks, float32)
         total_of = cuda.shared.array(peaks, float32)
         q = cuda.local.array(num_numbers, float32)
@@ -251,38 +251,28 @@ def attend_kernel(
                         total[i] += weight
                         for k in range(width):
                             acc[i * width + k] += weight * value[k]
+        reader = warp * tokens + place
         for i in range(queries):
-            for far in merges:  # the sets of lanes of one warp
-                if far > 0:
-                    other = cuda.shfl_xor_sync(ALL_LANES, peak[i], far)
-                    best = max(peak[i], other)
-                    mine, theirs = share(peak[i], best), share(other, best)
-                    total[i] = total[i] * mine + cuda.shfl_xor_sync(ALL_LANES, total[i], far) * theirs
-                    for k in range(width):
-                        numbers_there = cuda.shfl_xor_sync(ALL_LANES, acc[i * width + k], far)
-                        acc[i * width + k] = acc[i * width + k] * mine + numbers_there * theirs
-                    peak[i] = best
-            if place == 0:
-                if part == 0:
-                    peak_of[warp * queries + i], total_of[warp * queries + i] = peak[i], total[i]
-                for v in range(held):
-                    index = v * token_lanes + part
-                    if index < vectors:
-                        for k in range(lanes):
-                            channel = index * lanes + k
-                            merged[(warp * queries + i) * head_dim + channel] = acc[i * width + v * lanes + k]
+            if part == 0:
+                peak_of[reader * queries + i], total_of[reader * queries + i] = peak[i], total[i]
+            for v in range(held):
+                index = v * token_lanes + part
+                if index < vectors:
+                    for k in range(lanes):
+                        slot = (reader * queries + i) * head_dim + index * lanes + k
+                        merged[slot] = acc[i * width + v * lanes + k]
         cuda.syncthreads()
-        for j in range(cuda.threadIdx.x, all_heads, warps * WARP):
+        for j in range(cuda.threadIdx.x, all_heads, threads):
             i, channel = j // head_dim, j % head_dim
             row, head = first + i // heads, tile * heads + i % heads
             if row < last and head < group:
                 best, weight, number = nothing, float32(0), float32(0)
-                for w in range(warps):
-                    best = max(best, peak_of[w * queries + i])
-                for w in range(warps):
-                    counts = share(peak_of[w * queries + i], best)
-                    weight += total_of[w * queries + i] * counts
-                    number += merged[(w * queries + i) * head_dim + channel] * counts
+                for found in range(i, readers * queries, queries):
+                    best = max(best, peak_of[found])
+                for found in range(i, readers * queries, queries):
+                    counts = share(peak_of[found], best)
+                    weight += total_of[found] * counts
+                    number += merged[found * head_dim + channel] * counts
                 place_out = row * num_heads + kv_head * group + head
                 if is_split:
                     slot = cuda.blockIdx.z * num_rows * num_heads + place_out
@@ -295,7 +285,8 @@ def attend_kernel(
 
     cells, wide, ints = pointer(dtype), pointer(torch.float32), pointer(torch.int32)
     inputs = cells, cells, cells, ints, ints, ints
-    return Kernel(attend, *inputs, cells, wide, wide, *[INT] * 5, LONG, LONG, INT, FLOAT, FLOAT)
+    scalars = *[INT] * 5, LONG, LONG, INT, FLOAT, FLOAT
+    return Kernel(attend, *inputs, cells, wide, wide, *scalars, max_threads=threads)
 
 
 @functools.cache
@@ -321,4 +312,4 @@ def combine_kernel(dtype: torch.dtype) -> Kernel:
             store(out, slot * head_dim + channel, number / weight)
 
     wide = pointer(torch.float32)
-    return Kernel(combine, wide, wide, pointer(dtype), INT, INT, INT)
+    return Kernel(combine, wide, wide, pointer(dtype), INT, INT, INT, max_threads=COMBINE_THREADS)

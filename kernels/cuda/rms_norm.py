@@ -118,4 +118,4 @@ def norm_kernel(dtype: torch.dtype, fixed_width: int, has_update: bool) -> Kerne
 
     cells = pointer(dtype)
     function = normalise_in_registers if is_fixed else normalise
-    return Kernel(function, cells, cells, cells, cells, cells, INT, FLOAT)
+    return Kernel(function, cells, cells, cells, cells, cells, INT, FLOAT, max_threads=threads)

@@ -205,4 +205,4 @@ def route_kernel(
     wide, cells = pointer(torch.float32), pointer(dtype)
     inputs = cells, cells, cells, wide, wide, wide, wide, wide, wide
     outputs = wide, pointer(torch.int32), wide, pointer(torch.bool)
-    return Kernel(route_rows, *inputs, *outputs, INT, INT, INT, FLOAT)
+    return Kernel(route_rows, *inputs, *outputs, INT, INT, INT, FLOAT, max_threads=whole_warps(bottleneck))

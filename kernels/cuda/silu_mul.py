@@ -46,4 +46,4 @@ def silu_kernel(dtype: torch.dtype, *, is_vector: bool) -> Kernel:
                 values[k] = rounded(silu(gates[k])) * values[k]
             store_vector(out, (row * vectors + vector) * lanes, values)
 
-    return Kernel(gate_rows, pointer(dtype), pointer(dtype), INT)
+    return Kernel(gate_rows, pointer(dtype), pointer(dtype), INT, max_threads=SILU_THREADS)
