@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from tide_kernels.cuda.compact import move_kernel, partition_kernel
+from tide_kernels.cuda.exit_project import project_kernel
 from tide_kernels.cuda.kernel import Kernel
 from tide_kernels.cuda.kv_write import write_kernel
 from tide_kernels.cuda.launches import PARTITION_THREADS, SAMPLE_THREADS, SPECIALISED_WIDTHS
@@ -45,6 +46,10 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
         ):
             facts = dtype, width, bottleneck, kind, kind != "none", kind == "layer"
             listed[f"route/{name}/{_width(width)}/{bottleneck}/{kind}"] = functools.partial(route_kernel, *facts)
+        for rank, kind in ((64, "none"), (128, "rms"), (256, "layer")):
+            facts = dtype, rank, kind, kind != "none", kind == "layer"
+            make = functools.partial(project_kernel, *facts, is_vector=True)
+            listed[f"exit_project/{name}/{rank}/{kind}"] = make
         for width in (*SPECIALISED_WIDTHS, GENERAL):
             for has_update in (False, True):
                 kind = "add_rms_norm" if has_update else "rms_norm"

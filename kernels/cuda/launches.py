@@ -29,6 +29,10 @@ ATTENTION_MIN_TOKENS = 256
 """Tokens below which a sequence is not split over more blocks."""
 MAX_SPLITS = 64
 COMBINE_THREADS = 128
+EXIT_ROWS = 4
+"""Rows that share one reading of an exit head's weights."""
+EXIT_THREADS = 256
+"""Also the highest rank."""
 SAMPLE_THREADS = 512
 PARTITION_THREADS = 512
 """Of the one block that parts the rows of a launch."""
