@@ -200,3 +200,38 @@ def _headed(facts: dict[str, Any], what: str) -> Console:
     where = f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}"
     console.print(f"{where}; {what}; {facts['date']}")
     return console
+
+
+def print_kernels_report(facts: dict[str, Any]) -> None:
+    """Print every kernel's time, share of copy bandwidth, and torch's times."""
+    console = _headed(facts, f"{facts['dtype']}, rows of {facts['hidden']}, {facts['context']} tokens of context")
+    console.print(f"copies: {facts['copy_bytes_per_second'] / 1e9:,.0f} GB/s; launch {facts['launch_us']:.1f} us")
+    table = Table(title="one call in a graph of many", title_justify="left")
+    for name in ("kernel", "rows", "us", "of copies", "torch eager us", "torch.compile us"):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for row in facts["kernels"]:
+        times = [row[name] for name in ("eager_us", "compiled_us")]
+        texts = ["-" if us is None else f"{us:.1f}" for us in times]
+        table.add_row(row["kernel"], str(row["rows"]), f"{row['us']:.1f}", f"{row['share_of_copies']:.0%}", *texts)
+    console.print(table)
+
+
+def print_kernel_resources_report(facts: dict[str, Any]) -> None:
+    """Print registers and spills of every kernel, by architecture."""
+    console = _headed(facts, f"{len(facts['kernels'])} specialisations, machine code by {facts['assembler']}")
+    table = Table(title="registers / bytes of shared memory (bytes spilled)", title_justify="left")
+    table.add_column("kernel")
+    for architecture in facts["architectures"]:
+        table.add_column(architecture, justify="right")
+    for name, by_architecture in facts["kernels"].items():
+        cells = [
+            f"{used['registers']} / {used['shared_bytes']}"
+            + (f" ({used['spill_bytes']})" if used["spill_bytes"] else "")
+            for used in by_architecture.values()
+        ]
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(
+        f"float64 instructions: {facts['float64_instructions']}; kernels that spill: {len(facts['spilling'])}; "
+        f"most registers: {facts['most_registers']}"
+    )

@@ -4,7 +4,8 @@
 batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``peers``
 compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures forced
 exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement, ``prefix`` what prompts
-that begin alike save. In all others prefix caching is off: rounds repeat their prompts, and everyone computes them.
+that begin alike save; ``kernels`` measures the GPU kernels, and ``kernel-resources`` compiles them for every
+architecture without a GPU. Prefix caching is off but in ``prefix``: rounds repeat their prompts, and all compute them.
 """
 
 from __future__ import annotations
@@ -329,6 +330,51 @@ def calibration(
             num_threads=machine["num_threads"],
         )
     finish("calibration", machine, measured, print_calibration_report, output)
+
+
+@app.command()
+def kernels(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    rows: Annotated[str, typer.Option(help="numbers of rows, separated by commas")] = "1,8,32,128,512",
+    hidden: Annotated[int, typer.Option(help="width of a row")] = 4096,
+    context: Annotated[int, typer.Option(help="tokens that each row attends to")] = 4096,
+    output: Output = None,
+) -> None:
+    """GPU kernels replayed from graphs: share of copy bandwidth, beside torch eager and torch.compile."""
+    with user_errors():
+        from bench_kernels import run_kernels
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_kernels_report
+
+        measured = run_kernels(
+            dtype=dtype,
+            rows=parse_numbers("rows", rows),
+            hidden=parse_positive("hidden", hidden),
+            context=parse_positive("context", context),
+        )
+        machine = machine_facts(num_cores())
+    finish("kernels", machine, measured, print_kernels_report, output)
+
+
+@app.command("kernel-resources")
+def kernel_resources(
+    architectures: Annotated[
+        str, typer.Option(help="compute capabilities, separated by commas")
+    ] = "7.5,8.0,8.6,8.9,9.0,10.0,12.0",
+    names: Annotated[str, typer.Option(help="beginnings of kernels' names, separated by commas; default: all")] = "",
+    output: Output = None,
+) -> None:
+    """Registers, shared memory and spills of every GPU kernel on every architecture. Takes no GPU, but minutes."""
+    with user_errors():
+        from bench_kernel_resources import run_kernel_resources
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_kernel_resources_report
+
+        measured = run_kernel_resources(
+            [text.strip() for text in architectures.split(",")], [text.strip() for text in names.split(",") if text]
+        )
+        machine = machine_facts(num_cores())
+    finish("kernel-resources", machine, measured, print_kernel_resources_report, output)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,18 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "TIDE_KERNELS"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = (
+    "route",
+    "partition",
+    "gather_rows",
+    "scatter_rows",
+    "exit_project",
+    "write_kv",
+    "paged_attention",
+    "rms_norm",
+    "silu_mul",
+    "sample_tokens",
+)
 OLDEST_CAPABILITY, NEWEST_CAPABILITY = (7, 0), (12, 9)
 
 
@@ -40,6 +52,7 @@ def choice() -> str:
     return given
 
 
+@functools.cache
 def is_simulated() -> bool:
     """Whether Numba simulates CUDA in Python, so that kernels run on tensors in the CPU's memory (for tests)."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"

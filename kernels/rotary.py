@@ -1,7 +1,7 @@
-"""Rotary positions (arXiv 2104.09864) on a CPU, in place: channel i turns with channel i + d / 2, as LLaMA's do.
+"""Rotary positions (arXiv 2104.09864) in place: channel i turns with channel i + d / 2, as LLaMA's do.
 
-``rotate`` is the Numba CPU kernel, ``rotate_reference`` the same in torch, out of place: what transformers' models
-compute, with their roundings of both products and of the sum.
+``rotate`` is a Numba kernel on a CPU and torch's operations on a GPU; ``rotate_reference`` is the same in torch, out of
+place: what transformers' models compute, with their roundings of both products and of the sum.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate rows of heads in place.
 
     Args:
-        heads: float32 or bfloat16 ``[N, H, d]``, d even; the heads of a row lie one after another.
+        heads: float32 or bfloat16 ``[N, H, d]``, d even; on a CPU the heads of a row lie one after another.
         cos, sin: contiguous ``[N, d]`` of the same dtype.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit together.
     """
     num_rows, num_heads, width = heads.shape
+    if heads.device.type != "cpu":
+        heads.copy_(rotate_reference(heads, cos, sin))
+        return
     if cos.shape != (num_rows, width) or sin.shape != cos.shape or width % 2 or not is_for_kernels(heads, cos, sin):
         raise ValueError(f"heads {tuple(heads.shape)} in {heads.dtype} do not fit tables {tuple(cos.shape)}")
     if heads.stride()[1:] != (width, 1) or not cos.is_contiguous() or not sin.is_contiguous():

@@ -70,7 +70,7 @@ class GateWeights:
 def route(
     states: Tensor,
     gate: GateWeights,
-    thresholds: Tensor,
+    thresholds: Tensor | None,
     *,
     features: Tensor | None = None,
     norm: Normalisation = Normalisation(),
@@ -79,7 +79,7 @@ def route(
 
     Args:
         states: float32, float16 or bfloat16 ``[N, D]``.
-        thresholds: float32 ``[N]``.
+        thresholds: float32 ``[N]``; None where only scores are wanted, and nobody exits.
         features: float32 ``[N, F]``, or None where the gate has none.
 
     Returns:
@@ -89,7 +89,7 @@ def route(
         ValueError: shapes, dtypes or devices do not fit together.
     """
     _check(states, gate, thresholds, features, norm)
-    if gpu.run_on(states, gate.down, thresholds):
+    if gpu.run_on(states, gate.down):
         from tide_kernels.cuda.route import MAX_BOTTLENECK, route_cuda
 
         if gate.bottleneck <= MAX_BOTTLENECK:
@@ -100,7 +100,7 @@ def route(
 def route_reference(
     states: Tensor,
     gate: GateWeights,
-    thresholds: Tensor,
+    thresholds: Tensor | None,
     *,
     features: Tensor | None = None,
     norm: Normalisation = Normalisation(),
@@ -111,15 +111,18 @@ def route_reference(
         hidden = torch.cat((hidden, features), dim=-1)
     bias, scale, offset = gate.calibration
     scores = torch.sigmoid((hidden @ gate.up + bias) * scale + offset)
-    return scores, scores >= thresholds
+    return scores, torch.zeros_like(scores, dtype=torch.bool) if thresholds is None else scores >= thresholds
 
 
-def _check(states: Tensor, gate: GateWeights, thresholds: Tensor, features: Tensor | None, norm: Normalisation) -> None:
+def _check(
+    states: Tensor, gate: GateWeights, thresholds: Tensor | None, features: Tensor | None, norm: Normalisation
+) -> None:
     num_rows, width = states.shape
     num_features = 0 if features is None else features.shape[1]
-    if gate.down.shape[0] != width or gate.num_features != num_features or len(thresholds) != num_rows:
+    num_thresholds = num_rows if thresholds is None else len(thresholds)
+    if gate.down.shape[0] != width or gate.num_features != num_features or num_thresholds != num_rows:
         raise ValueError(
-            f"states {tuple(states.shape)}, {num_features} features and {len(thresholds)} thresholds do not fit a gate "
+            f"states {tuple(states.shape)}, {num_features} features and {num_thresholds} thresholds do not fit a gate "
             f"of {gate.down.shape[0]} channels and {gate.num_features} features"
         )
     if norm.kind not in NORMS or (norm.kind == "none" and (norm.weight is not None or norm.bias is not None)):

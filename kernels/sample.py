@@ -68,8 +68,8 @@ def sample_tokens_reference(logits: Tensor, rules: SamplingRules) -> Tensor:
     """``sample_tokens`` in torch, row by row."""
     seeds, positions = (bits.cpu().numpy().view(np.uint64) for bits in (rules.seeds, rules.positions))
     draws = random_bits(seeds, positions).tolist()
-    knobs = zip(*(t.tolist() for t in (rules.temperatures, rules.top_ks, rules.top_ps, rules.min_ps)), strict=True)
-    chosen = [_choose(row, *knob, draw) for row, knob, draw in zip(logits.float(), knobs, draws, strict=True)]
+    knobs = (t.tolist() for t in (rules.temperatures, rules.top_ks, rules.top_ps, rules.min_ps))
+    chosen = [_choose(*row) for row in zip(logits.float(), *knobs, draws, strict=True)]
     return torch.tensor(chosen, dtype=torch.long, device=logits.device)
 
 

@@ -225,6 +225,15 @@ def import_tide(
         _fail(error, EXIT_USAGE)
 
 
+@app.command()
+def doctor() -> None:
+    """Print what runs on this machine and why: versions, devices, and which kernels are on."""
+    from tide_ray.doctor import report
+
+    for name, finding in report():
+        typer.echo(f"{name:<12} {finding}")
+
+
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 

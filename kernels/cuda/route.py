@@ -33,7 +33,7 @@ CHUNK = 64
 
 
 def route_cuda(
-    states: Tensor, gate: GateWeights, thresholds: Tensor, features: Tensor | None, norm: Normalisation
+    states: Tensor, gate: GateWeights, thresholds: Tensor | None, features: Tensor | None, norm: Normalisation
 ) -> tuple[Tensor, Tensor]:
     """``route`` for checked arguments on a GPU."""
     states, down, up = states.contiguous(), gate.down.contiguous(), gate.up.contiguous()
@@ -59,7 +59,7 @@ def route_cuda(
         up,
         gate.calibration.contiguous(),
         up if features is None else features.contiguous(),
-        thresholds.contiguous(),
+        up if thresholds is None else thresholds.contiguous(),
         partial,
         zeroed_counters(states.device, tiles),
         scores,
@@ -67,6 +67,7 @@ def route_cuda(
         num_rows,
         width,
         gate.num_features,
+        thresholds is not None,
         norm.eps,
     )
     return scores, exits
@@ -121,6 +122,7 @@ def route_kernel(
         num_rows,
         any_width,
         num_features,
+        has_thresholds,
         eps,
     ):
         x = cuda.shared.array(tile, float32)
@@ -200,9 +202,9 @@ def route_kernel(
                 logit += features[row * num_features + f] * up[bottleneck + f]
             score = sigmoid((logit + calibration[0]) * calibration[1] + calibration[2])
             scores[row] = score
-            exits[row] = 1 if score >= thresholds[row] else 0
+            exits[row] = 1 if has_thresholds != 0 and score >= thresholds[row] else 0
 
     wide, cells = pointer(torch.float32), pointer(dtype)
     inputs = cells, cells, cells, wide, wide, wide, wide, wide, wide
     outputs = wide, pointer(torch.int32), wide, pointer(torch.bool)
-    return Kernel(route_rows, *inputs, *outputs, INT, INT, INT, FLOAT, max_threads=whole_warps(bottleneck))
+    return Kernel(route_rows, *inputs, *outputs, *[INT] * 4, FLOAT, max_threads=whole_warps(bottleneck))

@@ -27,7 +27,7 @@ DIGITS = ((21, 11), (10, 11), (0, 10))
 BINS = 2**11
 BINS_PER_LANE = BINS // WARP
 EVERYTHING = np.uint32(0xFFFFFFFF)
-GAMMA, MIX_ONE, MIX_TWO = GOLDEN_GAMMA, *MIX
+MIX_ONE, MIX_TWO = MIX
 LOW = np.uint64(0xFFFFFFFF)
 
 
@@ -240,8 +240,8 @@ def sample_kernel(dtype: torch.dtype, threads: int, *, is_vector: bool) -> Kerne
             if is_cut:
                 by_weight = rule == 1
                 limit = find_limit(logits, start, num_tokens, best, heat, by_weight, limit, target, values, bins, found)
-        key = mixed(uint64(seeds[row] + GAMMA))
-        target = scaled(mixed(uint64(key + uint64(positions[row] + uint64(1)) * GAMMA)), total)
+        key = mixed(uint64(seeds[row] + GOLDEN_GAMMA))
+        target = scaled(mixed(uint64(key + uint64(positions[row] + uint64(1)) * GOLDEN_GAMMA)), total)
         for other in range(warp):
             target -= sums[other]
         if target < 0 or target >= sums[warp]:

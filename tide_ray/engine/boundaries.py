@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tide_kernels.compact import gather_rows
 from tide_ray.engine.kv_fill import KVFill
 from tide_ray.engine.lanes import ASKED, FOLLOWS, PREFILL, Lane, row_starts
 from tide_ray.engine.rows import LaunchCache, RowBatch
@@ -99,7 +100,7 @@ class BoundaryExits:
         if not stops.any():
             return flow, None
         index = torch.from_numpy(np.flatnonzero(stops)).to(states.device)
-        self._keep_attendable(boundary, flow, states[index], index, starts, stops)
+        self._keep_attendable(boundary, flow, gather_rows(states, index), index, starts, stops)
         leaving = self._leaving(boundary, flow, states, starts, stops)
         return self._survivors(flow, starts, stops), leaving
 
@@ -214,7 +215,7 @@ class BoundaryExits:
                 lanes.append(lane.select(kept))
         index = torch.from_numpy(np.flatnonzero(~stops)).to(flow.hidden.device)
         if flow.rows.chunks or not self.fill.adapter.calls_are_by_row:
-            return Arrivals(lanes, flow.hidden[index])
+            return Arrivals(lanes, gather_rows(flow.hidden, index))
         return self._narrowed(flow, lanes, index)
 
     def _narrowed(self, flow: Flow, lanes: list[Lane], index: Tensor) -> Flow:
@@ -222,4 +223,4 @@ class BoundaryExits:
         rows = flow.rows.select(index)
         cache = LaunchCache(self.fill.pools, rows)
         calls = selected_calls(flow.calls, index, num_rows=flow.rows.num_rows, cache=flow.cache, new_cache=cache)
-        return Flow(lanes, flow.hidden[index], rows, cache, calls)
+        return Flow(lanes, gather_rows(flow.hidden, index), rows, cache, calls)

@@ -28,7 +28,7 @@ from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_norm import fuse_norms
-from tide_ray.models.layer_fusion import fuse_layers, use_decode_kernel
+from tide_ray.models.layer_fusion import fuse_layers, kernels_cover, use_decode_kernel
 from tide_ray.models.load import LoadedModel, load_as
 from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
@@ -315,11 +315,13 @@ def _prepared(model: LoadedModel, config: EngineConfig) -> Adapter:
     with torch.inference_mode():
         adapter = Adapter(model.model)
         fused = fuse_layers(adapter) if config.compile == "auto" else {}
+        num_replaced = 0
         if can_pack(model.device, model.dtype):
-            num_replaced = sum(pack_linears(module) for module in (model.model, *fused.values()))
-            num_replaced += fuse_norms(model.model) if config.compile == "auto" else 0
-            if num_replaced:
-                adapter = Adapter(model.model)  # it holds on to modules outside of the layers
+            num_replaced += sum(pack_linears(module) for module in (model.model, *fused.values()))
+        if config.compile == "auto" and (num_replaced or (model.device.type != "cpu" and kernels_cover(adapter))):
+            num_replaced += fuse_norms(model.model)
+        if num_replaced:
+            adapter = Adapter(model.model)  # it holds on to modules outside of the layers
         use_decode_kernel(fused, config.page_size)
     adapter.fused_layers.update(fused)
     return adapter

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tide_kernels.kv_write import write_kv
+from tide_kernels.kv_write import Rotation, write_kv, write_kv_layers
 from tide_ray.models.adapter import KVShape
 
 PAGES_PER_EXTENT = 8
@@ -104,13 +104,21 @@ class KVCache:
         """Store K/V rows ``[N, H_kv, d]`` at page numbers and offsets ``[N]`` of one layer."""
         write_kv(self.key_pools[layer], self.value_pools[layer], pages, offsets, key, value)
 
-    def write_layers(self, first: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store K/V ``[N, layers, H_kv, d]`` of layers from ``first`` on, all of one shape, in one go."""
+    def write_layers(
+        self,
+        first: int,
+        pages: Tensor,
+        offsets: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotation: Rotation | None = None,
+    ) -> None:
+        """Store K/V ``[N, layers, H_kv, d]`` of layers from ``first`` on, all of one shape, in one go; K are turned
+        first where they are not yet."""
         for start, key_pool, value_pool in self._joined:
             if start <= first < start + len(key_pool):
                 run = slice(first - start, first - start + keys.shape[1])
-                key_pool[run, pages, :, offsets] = keys
-                value_pool[run, pages, :, offsets] = values
+                write_kv_layers(key_pool[run], value_pool[run], pages, offsets, keys, values, rotation=rotation)
                 return
         raise AssertionError(f"{first = } is not a layer")
 

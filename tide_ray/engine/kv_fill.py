@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tide_kernels.compact import gather_rows
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.rows import RowBatch
 from tide_ray.exits.checkpoint import Boundary
@@ -71,15 +72,13 @@ class KVFill:
         head = self._boundaries[boundary].kv_head
         assert head is not None, "fitted K/V need a KV head"
         flat = head(states)
-        pages, offsets = rows.write_pages[index], rows.write_offsets[index]
+        pages, offsets = gather_rows(rows.write_pages, index), gather_rows(rows.write_offsets, index)
         for run in self._runs[boundary]:
             shape = self.adapter.kv_shapes[run.first]
             block = flat[:, run.columns].unflatten(1, (run.count, 2, shape.num_heads, shape.head_dim))
-            keys = block[:, :, 0]
             tables = rotary_tables(calls[run.first])
-            if tables is not None and run.kind.layout != "none":
-                keys = run.kind.rotate(keys, tables[0][index], tables[1][index])
-            self.pools.write_layers(run.first, pages, offsets, keys, block[:, :, 1])
+            rotation = None if tables is None else run.kind.rotation(tables[0][index], tables[1][index])
+            self.pools.write_layers(run.first, pages, offsets, block[:, :, 0], block[:, :, 1], rotation)
 
     def copied(self, boundary: int, hidden: Tensor, rows: RowBatch, index: Tensor) -> None:
         """Fill for rows ``index`` (long ``[n]``) of a launch, whose states are ``hidden`` ``[n, D]``."""

@@ -18,14 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tide_kernels import gpu
+from tide_kernels.compact import gather_rows
 from tide_kernels.decoder_layer import Places
-from tide_kernels.paged_attention import paged_decode_attention
+from tide_kernels.paged_attention import paged_decode_attention, paged_extend_attention
 from tide_kernels.paged_attention_cpu import cpu_kernel_takes
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.models.row_cache import RowCache, attention_scale
 
 MAX_TOKENS_BY_ROW = 2048
 """Tokens attended to up to which row by row is faster than torch's attention of a chunk: 9 times at 64, 1.4 at 2048."""
+
+MAX_ROWS_IN_PAGES = 16
+"""Rows of a sequence up to which a GPU kernel reads its pages in place instead of gathering them first."""
 
 
 @dataclass(slots=True)
@@ -44,6 +49,7 @@ class Chunk:
     pages: Tensor  # page numbers of the sequence, long; of the first one where there are several
     count: int = 1
     masks: dict[int, Tensor] = field(default_factory=dict)  # by sliding window, built once per launch
+    paged: tuple[Tensor, Tensor, Tensor] | None = None  # built once per launch, see ``in_pages``
 
     def mask(self, window: int) -> Tensor:
         """Which of its sequence's tokens each row may see, ``[rows, length]`` bool."""
@@ -55,6 +61,14 @@ class Chunk:
                 visible &= key > query - window
             self.masks[window] = visible
         return self.masks[window]
+
+    def in_pages(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Page table, row starts and lengths of its one sequence, as ``paged_extend_attention`` takes them."""
+        if self.paged is None:
+            num_rows = self.stop - self.start
+            starts = torch.arange(0, 2 * num_rows, num_rows, dtype=torch.int32, device=self.positions.device)
+            self.paged = self.pages.int()[None], starts, (self.positions + 1).int()
+        return self.paged
 
     def sequences(self, states: Tensor) -> Tensor:
         """The chunk's part of ``[H, N, d]``, by sequence: ``[count, H, rows, d]``."""
@@ -91,12 +105,12 @@ class RowBatch:
         """Rows ``index`` (long ``[n]``, rising) of a launch without chunks, whose rows belong together."""
         assert not self.chunks, "chunks have rows that belong together"
         return RowBatch(
-            token_ids=self.token_ids[index],
-            positions=self.positions[index],
-            write_pages=self.write_pages[index],
-            write_offsets=self.write_offsets[index],
-            pages=self.pages[index],
-            lengths=self.lengths[index],
+            token_ids=gather_rows(self.token_ids, index),
+            positions=gather_rows(self.positions, index),
+            write_pages=gather_rows(self.write_pages, index),
+            write_offsets=gather_rows(self.write_offsets, index),
+            pages=gather_rows(self.pages, index),
+            lengths=gather_rows(self.lengths, index),
             num_decode=int((index < self.num_decode).sum()),
             chunks=[],
         )
@@ -228,6 +242,23 @@ class LaunchCache(RowCache):
                 )
             )
         for chunk in rows.chunks:
+            if attends_in_pages(chunk, query):
+                table, starts, lengths = chunk.in_pages()
+                parts.append(
+                    paged_extend_attention(
+                        query[0, :, chunk.start : chunk.stop].transpose(0, 1),
+                        self._pools.key_pools[layer],
+                        self._pools.value_pools[layer],
+                        table,
+                        starts,
+                        lengths,
+                        max_rows=chunk.stop - chunk.start,
+                        scale=scale,
+                        softcap=softcap,
+                        window=window,
+                    )
+                )
+                continue
             if chunk.is_whole:
                 k, v = chunk.sequences(key[0]), chunk.sequences(value[0])
             else:
@@ -235,6 +266,11 @@ class LaunchCache(RowCache):
             out = _extend_attention(chunk.sequences(query[0]), k, v, chunk, scale=scale, softcap=softcap, window=window)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+def attends_in_pages(chunk: Chunk, query: Tensor) -> bool:
+    """Whether a chunk's rows are so few that a kernel on its GPU reads the sequence's pages in place."""
+    return not chunk.is_whole and chunk.stop - chunk.start <= MAX_ROWS_IN_PAGES and gpu.run_on(query)
 
 
 def _extend_attention(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tide_kernels import gpu
+from tide_kernels.sample import SamplingRules, random_bits, sample_tokens
 from tide_ray.types import Logprob, SamplingParams
 
 FIRST_CANDIDATES = 64
@@ -24,7 +26,6 @@ BLOCK = 256
 MIN_TEMPERATURE = 1e-6
 
 _UINT64_MASK = 2**64 - 1
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(slots=True)
@@ -70,6 +71,11 @@ class Sampler:
             rows: R rows.
         """
         assert logits.shape[:-1] == (len(rows),), f"{tuple(logits.shape) = }, {len(rows) = }"
+        chosen = _chosen_in_one_launch(logits, rows) if gpu.run_on(logits) else self._chosen(logits, rows)
+        token_ids: list[int] = chosen.tolist()
+        return SampledTokens(token_ids, _logprobs(logits, rows, token_ids))
+
+    def _chosen(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         plain = [r for r, row in enumerate(rows) if row.params.is_greedy and not row.has_edited_logits]
         chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if len(plain) == len(rows):
@@ -82,8 +88,26 @@ class Sampler:
         for group in _processed_groups(logits, rows, skip=set(plain)):
             draws = _draw(group.weights, uniforms[group.rows])
             chosen[group.rows] = draws if group.ids is None else group.ids.gather(1, draws[:, None])[:, 0]
-        token_ids: list[int] = chosen.tolist()
-        return SampledTokens(token_ids, _logprobs(logits, rows, token_ids))
+        return chosen
+
+
+def _chosen_in_one_launch(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """The same choices by the GPU kernel, but for draws so near to a limit that another rounding decides."""
+    if any(row.has_edited_logits for row in rows):
+        logits = _edited_scores(logits.to(torch.float32, copy=True), rows)
+    heats = [0.0 if row.params.is_greedy else max(row.params.temperature, MIN_TEMPERATURE) for row in rows]
+    floats = torch.tensor([heats, [row.params.top_p for row in rows], [row.params.min_p for row in rows]])
+    longs = np.array(
+        [
+            [max(row.params.top_k, 0) for row in rows],
+            [row.seed & _UINT64_MASK for row in rows],
+            [row.position for row in rows],
+        ],
+        dtype=np.uint64,
+    )
+    heats_there, top_ps, min_ps = floats.to(logits.device)
+    top_ks, seeds, positions = torch.from_numpy(longs.view(np.int64)).to(logits.device)
+    return sample_tokens(logits, SamplingRules(heats_there, top_ks.int(), top_ps, min_ps, seeds, positions))
 
 
 def processed_probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -100,20 +124,11 @@ def processed_probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
     """One float64 in [0, 1) for each (seed, position), the same whatever else is asked for.
 
-    SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) as a counter-based
-    generator: the seed is mixed into a key first, so that streams of neighbouring seeds do not overlap.
+    The bits are those of ``random_bits``, the generator that the GPU kernel draws from as well.
     """
     seed = np.array([s & _UINT64_MASK for s in seeds], dtype=np.uint64)
     position = np.array([p & _UINT64_MASK for p in positions], dtype=np.uint64)
-    key = _mix64(seed + _GOLDEN_GAMMA)
-    bits = _mix64(key + (position + np.uint64(1)) * _GOLDEN_GAMMA)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix64(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return (random_bits(seed, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(slots=True)

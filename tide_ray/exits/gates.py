@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tide_kernels.route import GateWeights, route
+
 BOTTLENECK = 128
 NUM_FEATURES = 3
 NUM_PLACES = 2
@@ -41,6 +43,7 @@ class Gate(nn.Module):
         self.register_buffer("offset", torch.zeros(()))
         self.scale: Tensor
         self.offset: Tensor
+        self.kernel_weights: GateWeights | None = None  # for one launch on a GPU, see ``use_kernel``
 
     def features(self, normed: Tensor) -> Tensor:
         """How sure the exit head is: ``normed`` (its output after the final norm, ``[N, D]``) -> ``[N, 3]``.
@@ -68,7 +71,22 @@ class Gate(nn.Module):
 
     def scores(self, states: Tensor, normed: Tensor | None = None) -> Tensor:
         """Probability in float32 that stopping here is right."""
-        return torch.sigmoid(self(states, normed))
+        return self._probabilities(states, None if self.shortlist is None or normed is None else self.features(normed))
+
+    def use_kernel(self) -> None:
+        """Score in one launch from now on, with the weights as they are."""
+        with torch.no_grad():
+            self.kernel_weights = GateWeights(
+                down=self.down.weight.T.contiguous(),
+                down_bias=self.down.bias.detach(),
+                up=self.up.weight[0].detach(),
+                calibration=torch.stack((self.up.bias[0], self.scale, self.offset)),
+            )
+
+    def _probabilities(self, states: Tensor, features: Tensor | None) -> Tensor:
+        if self.kernel_weights is not None:
+            return route(states, self.kernel_weights, None, features=features)[0]
+        return torch.sigmoid(self.logits(states, features))
 
 
 class PrefillGate(Gate):
@@ -93,7 +111,7 @@ class PrefillGate(Gate):
     def damages(self, states: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
         """Predictions in float32 from 0 to 1, ``[N]``, for unit-rms states of prompt tokens at ``positions`` of prompts
         of ``lengths`` tokens (long ``[N]`` each)."""
-        return torch.sigmoid(self.logits(states, places(positions, lengths)))
+        return self._probabilities(states, places(positions, lengths))
 
 
 def places(positions: Tensor, lengths: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tide_kernels.kv_write import Rotation
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.layer_calls import LayerCall
 from tide_ray.models.row_cache import KeyValueTap
@@ -27,30 +28,19 @@ class Rotary:
     layout: str
     repeats: bool = False
 
+    def rotation(self, cos: Tensor, sin: Tensor) -> Rotation | None:
+        """What turns K to the positions of the tables ``[N, r]``; None where nothing does."""
+        return None if self.layout == "none" else Rotation(cos, sin, self.layout, self.repeats)
+
     def rotate(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``[N, ..., d]`` to the positions of the tables ``[N, r]``; channels past r stay."""
-        return self._apply(key, cos, sin)
+        rotation = self.rotation(cos, sin)
+        return key if rotation is None else rotation(key)
 
     def unrotate(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The inverse of ``rotate``, also where the tables are scaled (YaRN)."""
         scale = cos.square() + sin.square()
-        return self._apply(key, cos / scale, -sin / scale)
-
-    def _apply(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.layout == "none":
-            return key
-        width = cos.shape[-1]
-        if self.repeats:
-            cos, sin = (table[..., : width // 2].repeat_interleave(2, dim=-1) for table in (cos, sin))
-        lead = (len(cos), *[1] * (key.ndim - 2), width)
-        cos, sin = cos.to(key.dtype).view(lead), sin.to(key.dtype).view(lead)
-        turned, rest = key[..., :width], key[..., width:]
-        if self.layout == "half":
-            partner = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), dim=-1)
-        else:
-            partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-        rotated = turned * cos + partner * sin
-        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+        return self.rotate(key, cos / scale, -sin / scale)
 
 
 NONE = Rotary("none")

@@ -30,7 +30,7 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Replace the bfloat16 RMS norms in ``model`` that a probe shows to be plain ones; returns how many."""
+    """Replace the 16-bit RMS norms in ``model`` that a probe shows to be plain ones; returns how many."""
     num_fused = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -54,7 +54,7 @@ def _fused(module: nn.Module) -> FusedRMSNorm | None:
     if list(module._parameters) != ["weight"]:
         return None
     weight, eps = module.weight, norm_epsilon(module)
-    if not isinstance(weight, nn.Parameter) or weight.dtype != torch.bfloat16 or eps is None:
+    if not isinstance(weight, nn.Parameter) or weight.dtype == torch.float32 or eps is None:
         return None
     if weight.ndim != 1 or len(weight) % MAX_LANES:
         return None
@@ -63,7 +63,8 @@ def _fused(module: nn.Module) -> FusedRMSNorm | None:
     rows = torch.randn(PROBE_ROWS, len(weight), generator=generator) * torch.logspace(-4, 3, PROBE_ROWS)[:, None]
     with torch.inference_mode():
         try:
-            expected, actual = module(rows.to(torch.bfloat16)), fused(rows.to(torch.bfloat16))
+            rows = rows.to(weight.device, weight.dtype)
+            expected, actual = module(rows), fused(rows)
         except Exception:  # a model's own code, of which only the name is known, or a compiler: then it stays
             return None
         if not isinstance(expected, Tensor):

@@ -1,4 +1,4 @@
-"""Which layers of a model run fused, on a CPU: those that are LLaMA's by their parts and by a probe.
+"""Which layers of a model run fused, on a CPU or by a GPU's kernels: LLaMA's, by their parts and by a probe.
 
 A layer is taken over when its parts have LLaMA's names (two norms, the four attention projections with or without norms
 of Q and K, the gated feed-forward part) and the fused layer computes what the layer computes for random rows: Q, K and
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tide_kernels import gpu
 from tide_kernels.decoder_layer import LayerWeights, Places, decode_layer
 from tide_kernels.vectors import MAX_LANES
 from tide_ray.models.adapter import Adapter
@@ -33,7 +34,7 @@ ROPE_KEYS = {
     "original_max_position_embeddings",
 }  # fmt: skip
 """Settings that reach a layer in its rotary tables alone; others may act on positions that no probe sees."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative error of what a layer adds to its input that rounding can reach."""
 
 
@@ -66,15 +67,15 @@ class _ProbeCache(RowCache):
 
 @torch.inference_mode()
 def fuse_layers(adapter: Adapter) -> dict[int, FusedLayer]:
-    """Take over the layers of a model on a CPU that are LLaMA's; the others are not in what is returned.
+    """Take over the layers of a model that are LLaMA's; the others are not in what is returned.
 
     A layer whose kernels cannot be compiled keeps its own code too, with a warning.
     """
-    if adapter.device.type != "cpu" or adapter.dtype not in TOLERANCE:
+    if not kernels_cover(adapter):
         return {}
-    ids = torch.arange(1, 1 + len(PROBE_POSITIONS)) % adapter.config.vocab_size
+    ids = torch.arange(1, 1 + len(PROBE_POSITIONS), device=adapter.device) % adapter.config.vocab_size
     cache = _ProbeCache()
-    _, calls = adapter.prologue(ids, torch.tensor(PROBE_POSITIONS), cache)
+    _, calls = adapter.prologue(ids, torch.tensor(PROBE_POSITIONS, device=adapter.device), cache)
     fused = {}
     for index, layer in enumerate(adapter.layers):
         try:
@@ -85,6 +86,14 @@ def fuse_layers(adapter: Adapter) -> dict[int, FusedLayer]:
             logger.warning("layers keep their own code, as kernels failed: %s", str(error).split("\n")[0])
             break
     return fused
+
+
+def kernels_cover(adapter: Adapter) -> bool:
+    """Whether kernels run what is in layers besides products: float32 and bfloat16 on a CPU, and on a GPU whose kernels
+    work the 16-bit types; float32 there keeps the model's own roundings."""
+    if adapter.device.type == "cpu":
+        return adapter.dtype in (torch.float32, torch.bfloat16)
+    return adapter.dtype != torch.float32 and gpu.run_on(next(adapter.model.parameters()))
 
 
 @torch.inference_mode()
@@ -139,7 +148,7 @@ def _proven(adapter: Adapter, index: int, call: LayerCall, cache: _ProbeCache) -
     generator = torch.Generator().manual_seed(index)
     size = (1, len(PROBE_POSITIONS), adapter.config.hidden_size)
     scales = torch.logspace(-1, 2, len(PROBE_POSITIONS))[:, None]
-    rows = (torch.randn(size, generator=generator) * scales).to(dtype)
+    rows = (torch.randn(size, generator=generator) * scales).to(adapter.device, dtype)
     cache.call, cache.seen = None, ()
     with_own_code = adapter.run_layer(index, rows, call, cache)
     assert cache.call is not None, "the layer did not attend"

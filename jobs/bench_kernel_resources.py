@@ -1,0 +1,52 @@
+"""What GPU kernels need on every architecture, by compiling them without a GPU: one process for each architecture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from tide_kernels import gpu
+from tide_ray.types import UserError
+
+
+def run_kernel_resources(architectures: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Registers, shared memory, spills and float64 instructions by kernel and architecture.
+
+    Args:
+        architectures: compute capabilities, such as ``9.0``.
+        names: beginnings of kernels' names; none for all.
+
+    Raises:
+        UserError: kernels cannot be compiled here, or not for an architecture.
+    """
+    reason = gpu.why_no_compiler()
+    if reason is not None:
+        raise UserError(f"GPU kernels cannot be compiled here: {reason}")
+    kernels: dict[str, dict[str, dict[str, int]]] = {}
+    for architecture in architectures:
+        for used in _compiled(architecture, names):
+            kernels.setdefault(used.pop("name"), {})[used.pop("architecture")] = used
+    used_by = [(name, used) for name, by_architecture in kernels.items() for used in by_architecture.values()]
+    return {
+        "assembler": f"nvJitLink {version('nvidia-nvjitlink')}",
+        "architectures": list(architectures),
+        "float64_instructions": sum(used["float64_instructions"] for _, used in used_by),
+        "spilling": sorted({name for name, used in used_by if used["spill_bytes"]}),
+        "most_registers": max((used["registers"] for _, used in used_by), default=0),
+        "kernels": kernels,
+    }
+
+
+def _compiled(architecture: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", architecture, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise UserError(f"architectures: {architecture} cannot be compiled for ({last[0]})")
+    return [json.loads(line) for line in done.stdout.splitlines()]
