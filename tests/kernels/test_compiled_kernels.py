@@ -11,7 +11,17 @@ import pytest
 
 from tide_kernels import gpu
 
-IMPORTANT = ("route/bfloat16/4096/128",)
+IMPORTANT = (
+    "partition",
+    "gather/16 bytes",
+    "route/bfloat16/4096/128",
+    "exit_project/bfloat16/128",
+    "add_rms_norm/bfloat16/4096",
+    "silu_mul/bfloat16/16 bytes",
+    "kv_write/bfloat16/half/16 bytes",
+    "attention/bfloat16/128/4 heads/1 rows/split",
+    "sample/bfloat16/16 bytes",
+)
 """Specialisations that every run compiles; ``python jobs/benchmark.py kernel-resources`` compiles all of them."""
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 

@@ -1,0 +1,93 @@
+"""Who runs on a GPU and who stands in: reasons are named once, and the user's choice is kept."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tide_kernels import gpu
+
+
+class OnGpu:
+    """Enough of a tensor that lies on a GPU."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device, self.dtype = torch.device("cuda", 0), dtype
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+    for cached in (gpu.why_not, gpu.why_no_compiler, gpu._warn):
+        cached.cache_clear()
+
+
+def test_tensors_on_a_cpu_never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpu.VARIABLE, "cuda")
+    assert not gpu.run_on(torch.zeros(1))
+
+
+def test_one_warning_names_the_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(gpu, "why_not", lambda _index: "the driver is missing")
+    with caplog.at_level(logging.WARNING):
+        assert not gpu.run_on(OnGpu())
+        assert not gpu.run_on(OnGpu())
+    assert [record.getMessage() for record in caplog.records] == [
+        "GPU kernels are off, torch runs in their place: the driver is missing"
+    ]
+
+
+def test_torch_is_kept_to_without_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(gpu.VARIABLE, "torch")
+    monkeypatch.setattr(gpu, "why_not", lambda _index: pytest.fail("asked"))
+    assert not gpu.run_on(OnGpu())
+    assert not caplog.records
+
+
+def test_kernels_asked_for_by_name_are_not_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpu.VARIABLE, "cuda")
+    monkeypatch.setattr(gpu, "why_not", lambda _index: "the driver is missing")
+    with pytest.raises(gpu.KernelsUnavailable, match="TIDE_KERNELS=cuda, but the driver is missing"):
+        gpu.run_on(OnGpu())
+    monkeypatch.setattr(gpu, "why_not", lambda _index: None)
+    assert gpu.run_on(OnGpu())
+    with pytest.raises(gpu.KernelsUnavailable, match="not float64"):
+        gpu.run_on(OnGpu(torch.float64))
+    monkeypatch.setenv(gpu.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="torch or cuda"):
+        gpu.run_on(OnGpu())
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((6, 1), "compute capability 6.1"), ((13, 0), "13.0 is outside"), ((9, 0), None)]
+)
+def test_the_capability_decides(monkeypatch: pytest.MonkeyPatch, capability, reason: str | None) -> None:
+    monkeypatch.setattr(gpu, "why_no_compiler", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: capability)
+    driver = SimpleNamespace(is_supported_version=lambda: True, is_available=lambda: True)
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda _name: driver)
+    actual = gpu.why_not()
+    assert actual is None if reason is None else reason in str(actual)
+
+
+def test_a_machine_without_numba_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(_name: str) -> str:
+        raise gpu.PackageNotFoundError
+
+    monkeypatch.setattr(gpu, "version", version)
+    assert gpu.why_not() == "numba-cuda is not installed (pip install 'tide-ray[cuda]')"
+
+
+def test_a_driver_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_name: str) -> None:
+        raise OSError("libcuda.so: cannot open\nmore")
+
+    monkeypatch.setattr(gpu, "why_no_compiler", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
+    monkeypatch.setattr(gpu.importlib, "import_module", broken)
+    assert gpu.why_not() == "numba-cuda cannot use the driver: libcuda.so: cannot open"
