@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from tide_kernels import gpu
+from tide_kernels.compact import gather_rows, gather_rows_reference
+from tide_kernels.exit_project import LowRankWeights, exit_project, exit_project_reference
 from tide_kernels.kv_write import Rotation, write_kv_layers, write_kv_layers_reference
 from tide_kernels.paged_attention import paged_decode_attention, paged_decode_attention_reference
 from tide_kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-from tide_kernels.route import GateWeights, route, route_reference
+from tide_kernels.route import GateWeights, Normalisation, route, route_reference
 from tide_kernels.sample import SamplingRules, sample_tokens
 from tide_kernels.silu_mul import silu_mul, silu_mul_reference
 from tide_ray.types import UserError
@@ -124,7 +126,16 @@ def cases(num_rows: int, hidden: int, context: int, dtype: torch.dtype) -> list[
     gate_bytes = gate.down.numel() * 4
     row_bytes = num_rows * hidden * size
     attended = 2 * num_rows * context * KV_HEADS * HEAD_DIM * size
+    order = torch.randperm(num_rows, device="cuda")
+    head = LowRankWeights(random(hidden, BOTTLENECK), random(BOTTLENECK, hidden), random(hidden))
+    norm, pooled = Normalisation("rms", 1e-5, weight), random(num_rows, hidden)
+    head_bytes = 2 * head.down.numel() * size
     return [
+        Case("gather_rows", 2 * row_bytes, lambda: (random(num_rows, hidden),), lambda x: gather_rows(x, order),
+             lambda x: gather_rows_reference(x, order)),
+        Case("exit_project", 2 * row_bytes + head_bytes, lambda: (random(num_rows, hidden),),
+             lambda x: exit_project(x, head, norm, pooled, order),
+             lambda x: exit_project_reference(x, head, norm, pooled, order)),
         Case("route", row_bytes + gate_bytes, lambda: (random(num_rows, hidden),), lambda x: route(x, gate, thresholds),
              lambda x: route_reference(x, gate, thresholds)),
         Case("add_rms_norm", 4 * row_bytes, lambda: (random(num_rows, hidden), random(num_rows, hidden)),

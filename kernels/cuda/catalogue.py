@@ -60,9 +60,9 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
             traits = f"{layout}{'/norm' if is_normed else ''}/{'16 bytes' if is_vector else 'any'}"
             add(f"kv_write/{name}/{traits}", write_kernel, dtype, layout, False, is_normed, is_vector=is_vector)
         for head_dim, heads, rows in ATTENTIONS:
-            for has_softcap, is_split in ((False, False), (False, True), (True, True)):
-                traits = f"{head_dim}/{heads} heads/{rows} rows{'/softcap' * has_softcap}{'/split' * is_split}"
-                kinds = {"is_extend": rows > 1, "is_split": is_split, "is_vector": True}
+            for has_softcap in (False, True):
+                traits = f"{head_dim}/{heads} heads/{rows} rows{'/softcap' * has_softcap}"
+                kinds = {"is_extend": rows > 1, "is_split": True, "is_vector": True}
                 shape = head_dim, heads, rows, PAGE_SIZE, has_softcap
                 add(f"attention/{name}/{traits}", attend_kernel, dtype, *shape, **kinds)
         add(f"combine/{name}", combine_kernel, dtype)

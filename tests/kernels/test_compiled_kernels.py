@@ -19,7 +19,7 @@ IMPORTANT = (
     "add_rms_norm/bfloat16/4096",
     "silu_mul/bfloat16/16 bytes",
     "kv_write/bfloat16/half/16 bytes",
-    "attention/bfloat16/128/4 heads/1 rows/split",
+    "attention/bfloat16/128/4 heads/1 rows",
     "sample/bfloat16/16 bytes",
 )
 """Specialisations that every run compiles; ``python jobs/benchmark.py kernel-resources`` compiles all of them."""

@@ -5,6 +5,7 @@ this folder in a process of its own. Elsewhere it is left out.
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -24,6 +25,15 @@ if IS_SIMULATED:
     @pytest.fixture
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(0)
+
+    @pytest.fixture(autouse=True)
+    def _fresh_kernels() -> None:
+        """Tests make blocks smaller, which a kernel that is kept from another test does not know of."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith("tide_kernels.cuda."):
+                for made in vars(module).values():
+                    if getattr(made, "__name__", "").endswith("_kernel") and hasattr(made, "cache_clear"):
+                        made.cache_clear()
 
     @pytest.fixture(autouse=True)
     def _kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
