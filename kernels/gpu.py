@@ -96,11 +96,21 @@ def why_not(device_index: int = 0) -> str | None:
     if not OLDEST_CAPABILITY <= capability <= NEWEST_CAPABILITY:
         return f"compute capability {_dotted(capability)} is outside {_dotted(OLDEST_CAPABILITY)} to 12.x"
     try:
-        cuda = importlib.import_module("numba.cuda")
-        supported = cuda.is_supported_version() and cuda.is_available()
-    except Exception as error:  # the driver's, of which there is no list
-        return f"numba-cuda cannot use the driver: {str(error).splitlines()[0]}"
-    return None if supported else "numba-cuda finds no driver that it supports"
+        if not importlib.import_module("numba.cuda").is_available():
+            return "numba-cuda finds no driver that it supports"
+        return _first_failure(torch.device("cuda", device_index))
+    except Exception as error:  # the driver's or a compiler's, of which there is no list
+        return f"the first kernel failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
+def _first_failure(device: torch.device) -> str | None:
+    """What a small kernel does wrong there. It is compiled, so a toolkit that is too new or too old shows here."""
+    from tide_kernels.cuda.silu_mul import silu_mul_cuda
+    from tide_kernels.silu_mul import silu_mul_reference
+
+    rows = torch.linspace(-4, 4, 2 * 64, device=device).bfloat16()[None]
+    is_right = torch.allclose(silu_mul_cuda(rows), silu_mul_reference(rows), rtol=0.02, atol=0.01)
+    return None if is_right else "the first kernel gave wrong numbers"
 
 
 @functools.cache

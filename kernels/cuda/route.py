@@ -67,7 +67,7 @@ def route_cuda(
         num_rows,
         width,
         gate.num_features,
-        thresholds is not None,
+        int(thresholds is not None),
         norm.eps,
     )
     return scores, exits
