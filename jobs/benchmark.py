@@ -298,8 +298,11 @@ def few_shot(
         lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
         if output is None:
             typer.echo(lines, nl=False)
-        else:
+            return
+        try:
             Path(output).write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output cannot be written, got {output!r} ({error.strerror})") from None
 
 
 @app.command()

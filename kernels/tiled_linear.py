@@ -186,27 +186,40 @@ def _strip_kernel(ending: int, *, uses_tiles: bool) -> Callable[..., None]:
     """Rows ``first`` to ``end`` times one strip of outputs; ``target`` and ``other`` are places in the first of all
     rows, ``following`` is the output whose weights are read next."""
 
-    @jit(nogil=True, boundscheck=False)
-    def multiply_some(rows, weights, target, other, steps, first, end, num_pairs, output, following):  # type: ignore[no-untyped-def]
+    @jit(nogil=True)
+    def places_of(weights, output, num_pairs):  # type: ignore[no-untyped-def]
+        """Addresses of an output's first pair of weights and of its bias (0 for none)."""
         tiles, bias, width = weights
         strip = tiles + (output // width * num_pairs * width + output % width) * 2 * ITEM_BYTES
-        shifts = bias + output * ITEM_BYTES if bias != 0 else 0
-        all_steps = steps[0], steps[1], width * 2 * ITEM_BYTES
-        if uses_tiles and num_pairs % TILE_PAIRS == 0:
-            source, down = rows + first * steps[0], first * steps[1]
-            ahead = tiles + (following // width * num_pairs * width + following % width) * 2 * ITEM_BYTES
-            multiply_tiles(
-                source, strip, shifts, target + down, other + down, all_steps, num_pairs, end - first, ahead, ending
-            )
-        else:
-            for row in range(first, end, ROWS_AT_ONCE):
-                source, down, count = rows + row * steps[0], row * steps[1], min(end - row, ROWS_AT_ONCE)
-                multiply_pairs(
-                    source, strip, shifts, target + down, other + down, all_steps, num_pairs, count, ROWS_AT_ONCE,
-                    ending,
-                )  # fmt: skip
+        return strip, bias + output * ITEM_BYTES if bias != 0 else 0
 
-    return multiply_some
+    @jit(nogil=True, boundscheck=False)
+    def in_pairs(rows, weights, target, other, steps, first, end, num_pairs, output, _following):  # type: ignore[no-untyped-def]
+        strip, shifts = places_of(weights, output, num_pairs)
+        all_steps = steps[0], steps[1], weights[2] * 2 * ITEM_BYTES
+        for row in range(first, end, ROWS_AT_ONCE):
+            source, down, count = rows + row * steps[0], row * steps[1], min(end - row, ROWS_AT_ONCE)
+            multiply_pairs(
+                source, strip, shifts, target + down, other + down, all_steps, num_pairs, count, ROWS_AT_ONCE, ending
+            )
+
+    if not uses_tiles:
+        return in_pairs
+
+    @jit(nogil=True, boundscheck=False)
+    def in_tiles(rows, weights, target, other, steps, first, end, num_pairs, output, following):  # type: ignore[no-untyped-def]
+        if num_pairs % TILE_PAIRS != 0:
+            in_pairs(rows, weights, target, other, steps, first, end, num_pairs, output, following)
+            return
+        strip, shifts = places_of(weights, output, num_pairs)
+        ahead, _ = places_of(weights, following, num_pairs)
+        all_steps = steps[0], steps[1], weights[2] * 2 * ITEM_BYTES
+        source, down = rows + first * steps[0], first * steps[1]
+        multiply_tiles(
+            source, strip, shifts, target + down, other + down, all_steps, num_pairs, end - first, ahead, ending
+        )
+
+    return in_tiles
 
 
 multiply, multiply_added, multiply_gated = _kernels(uses_tiles=has_tile_products())

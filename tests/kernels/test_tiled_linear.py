@@ -98,11 +98,12 @@ def test_products_of_tiles_and_of_pairs_agree() -> None:
     torch.testing.assert_close(out, in_tiles, rtol=0.02, atol=0.02)
 
 
-def test_rounds_to_nearest_even_and_keeps_infinities_and_nan() -> None:
-    weight = torch.zeros(64, 2).bfloat16()
-    weight[0], weight[1], weight[2] = torch.tensor([1.0, 2.0**-8]), torch.tensor([1.0, 3 * 2.0**-8]), float("inf")
-    weight[3, 0] = float("nan")
-    out = tiled_linear(torch.ones(1, 2).bfloat16(), tiled(weight))[0]
+@pytest.mark.parametrize("num_inputs", [2, 64])
+def test_rounds_to_nearest_even_and_keeps_infinities_and_nan(num_inputs: int) -> None:
+    weight = torch.zeros(64, num_inputs).bfloat16()
+    weight[0, :2], weight[1, :2] = torch.tensor([1.0, 2.0**-8]), torch.tensor([1.0, 3 * 2.0**-8])
+    weight[2, :2], weight[3, 0] = float("inf"), float("nan")
+    out = tiled_linear(torch.ones(1, num_inputs).bfloat16(), tiled(weight))[0]
     assert out[:2].tolist() == [1.0, 1 + 2.0**-6], "1 + 2^-8 and 1 + 3 * 2^-8 lie half-way between two numbers"
     assert out[2] == float("inf")
     assert bool(out[3].isnan())

@@ -44,6 +44,7 @@ def test_the_file_holds_what_would_be_printed(source: Path, tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (("--shots", 2, "--limit", 5, "--skip", 9), "has 11 rows after the first 9, 5 prompts of 2 shots need more"),
+        (("--limit", 1, "--output", "."), "output cannot be written, got '.'"),
         (("--shots", 0), "shots must be at least 1, got 0"),
         (("--skip", -1), "skip must be at least 0, got -1"),
     ],
