@@ -16,6 +16,7 @@ from numba import config, cuda, types
 from torch import Tensor
 
 IS_SIMULATED = bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # type: ignore[attr-defined]  # few rows fill no GPU, which is no news
 
 INT, FLOAT = types.int32, types.float32
 LONG = types.int64
@@ -65,10 +66,16 @@ class Kernel:
         with torch.cuda.device(device):
             if self._compiled is None:
                 self._compiled = cuda.jit(self.signature, launch_bounds=self.max_threads)(self.function)
-            stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
+            stream = _stream(torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
             self._compiled[blocks, threads, stream](
                 *(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
             )
+
+
+@functools.cache
+def _stream(device_index: int, handle: int) -> Any:
+    """Numba's object for a stream of torch: one, as Numba keeps the launch configuration of each."""
+    return cuda.external_stream(handle)
 
 
 def _simulated(argument: Tensor | int | float) -> Any:
