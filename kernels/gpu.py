@@ -40,15 +40,19 @@ class KernelsUnavailable(RuntimeError):
     """GPU kernels were asked for by name and cannot run."""
 
 
+class UnknownChoice(ValueError):
+    """The variable holds what it does not take."""
+
+
 def choice() -> str:
     """What the user chose: ``torch``, ``cuda``, or ``auto``.
 
     Raises:
-        ValueError: the variable holds anything else.
+        UnknownChoice: the variable holds anything else.
     """
     given = os.environ.get(VARIABLE, "auto") or "auto"
     if given not in ("auto", "torch", "cuda"):
-        raise ValueError(f"{VARIABLE} must be torch or cuda, got {given!r}")
+        raise UnknownChoice(f"{VARIABLE} must be torch or cuda, got {given!r}")
     return given
 
 
@@ -65,14 +69,24 @@ def run_on(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
         KernelsUnavailable: ``TIDE_KERNELS=cuda`` on a GPU where kernels cannot run, or for a dtype they do not take.
     """
     device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        return False  # the kernel's own checks, or torch's, name the tensor
+    return runs(device, dtype or tensors[0].dtype)
+
+
+def runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """``run_on`` for tensors that do not exist yet.
+
+    Raises:
+        KernelsUnavailable: as ``run_on``.
+        UnknownChoice: on a GPU, as ``choice``.
+    """
     if device.type != ("cpu" if is_simulated() else "cuda"):
         return False
     chosen = choice()
     if chosen == "torch" or (is_simulated() and chosen != "cuda"):
         return False
-    if any(tensor.device != device for tensor in tensors):
-        return False  # the kernel's own checks, or torch's, name the tensor
-    reason = why_not(device.index or 0) or _why_not_dtype(dtype or tensors[0].dtype)
+    reason = why_not(device.index or 0) or _why_not_dtype(dtype)
     if reason is None:
         return True
     if chosen == "cuda":
@@ -100,7 +114,7 @@ def why_not(device_index: int = 0) -> str | None:
             return "numba-cuda finds no driver that it supports"
         return _first_failure(torch.device("cuda", device_index))
     except Exception as error:  # the driver's or a compiler's, of which there is no list
-        return f"the first kernel failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"the first kernel failed: {_first_line(error)}"
 
 
 def _first_failure(device: torch.device) -> str | None:
@@ -123,7 +137,7 @@ def why_no_compiler() -> str | None:
     try:
         cuda = importlib.import_module("numba.cuda")
     except Exception as error:  # a library's loader, of which there is no list of errors
-        return f"numba-cuda cannot be imported: {str(error).splitlines()[0]}"
+        return f"numba-cuda cannot be imported: {_first_line(error)}"
     if "numba_cuda" not in (cuda.__file__ or ""):
         return "numba-cuda is installed where Python does not read its .pth file, so Numba's own CUDA target loads"
     for package, module in (("nvidia-nvvm", "nvvm"), ("nvidia-cuda-nvrtc", "nvrtc"), ("nvidia-nvjitlink", "nvJitLink")):
@@ -151,6 +165,11 @@ def _why_not_dtype(dtype: torch.dtype) -> str | None:
 def _warn(reason: str) -> None:
     """Once for each reason."""
     logger.warning("GPU kernels are off, torch runs in their place: %s", reason)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says in short, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _dotted(capability: tuple[int, int]) -> str:

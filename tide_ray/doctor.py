@@ -71,7 +71,7 @@ def _cpu_kernels() -> str:
 def _gpu_kernels() -> str:
     try:
         chosen = gpu.choice()
-    except ValueError as error:
+    except gpu.UnknownChoice as error:
         return f"off: {error}"
     if chosen == "torch":
         return f"off: {gpu.VARIABLE}=torch"

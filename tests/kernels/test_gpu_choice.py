@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +20,14 @@ class OnGpu:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No answer is kept from other tests, and none of those given here is kept for them."""
     monkeypatch.delenv(gpu.VARIABLE, raising=False)
-    for cached in (gpu.why_not, gpu.why_no_compiler, gpu._warn):
+    kept = gpu.why_not, gpu.why_no_compiler, gpu._warn
+    for cached in kept:
+        cached.cache_clear()
+    yield
+    for cached in kept:
         cached.cache_clear()
 
 
@@ -80,6 +86,18 @@ def test_a_machine_without_numba_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(gpu, "version", version)
     assert gpu.why_not() == "numba-cuda is not installed (pip install 'tide-ray[cuda]')"
+
+
+@pytest.mark.parametrize(("error", "reason"), [(OSError(), "OSError"), (OSError("no file\nmore"), "no file")])
+def test_a_numba_cuda_that_cannot_be_imported_is_named(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str
+) -> None:
+    def broken(_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(gpu, "version", lambda _name: "1")
+    monkeypatch.setattr(gpu.importlib, "import_module", broken)
+    assert gpu.why_no_compiler() == f"numba-cuda cannot be imported: {reason}"
 
 
 def test_a_first_kernel_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from tide_ray import __version__
@@ -183,3 +185,20 @@ def test_the_job_entry_point_is_the_same_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.strip() == "error: prompts: file not found: 'absent.jsonl'"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [("Torch", "TIDE_KERNELS must be torch or cuda"), ("cuda", "TIDE_KERNELS=cuda, but the driver is missing")],
+)
+def test_kernels_that_cannot_be_had_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, message: str
+) -> None:
+    monkeypatch.setenv("TIDE_KERNELS", kernels)
+    load = importlib.import_module("tide_ray.models.load")
+    monkeypatch.setattr(load, "resolve_device", lambda _device: torch.device("cuda", 0))
+    monkeypatch.setattr("tide_kernels.gpu.why_not", lambda _index: "the driver is missing")
+    result = invoke("import-tide", tmp_path / "router.pt", "--dtype", "bfloat16", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: {message}")
+    assert result.output.count("\n") == 1

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from tide_kernels import gpu
 from tide_ray.config import DTYPES
 from tide_ray.models.demo import demo_model_path
 from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, read_json, weight_files
@@ -141,6 +143,8 @@ def load(
     given = os.fspath(model)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
+    with missing_kernels_as_user_errors():
+        gpu.runs(torch_device, torch_dtype)
     source = _find(given, revision)
     options: dict[str, Any] = {**source.options, "trust_remote_code": trust_remote_code}
     weights: list[Path] = []
@@ -172,6 +176,15 @@ def load(
         device=torch_device,
         dtype=torch_dtype,
     )
+
+
+@contextmanager
+def missing_kernels_as_user_errors() -> Iterator[None]:
+    """What ``TIDE_KERNELS`` asks for and this machine or model does not have becomes a one-line UserError."""
+    try:
+        yield
+    except (gpu.KernelsUnavailable, gpu.UnknownChoice) as error:
+        raise UserError(str(error)) from error
 
 
 def resolve_device(device: str) -> torch.device:
