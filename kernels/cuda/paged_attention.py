@@ -62,8 +62,9 @@ def paged_attention_cuda(
     is_vector = is_vector and is_aligned(query, key_pages, value_pages)
     out = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_split = splits > 1
-    sums = torch.empty((splits, num_rows, num_heads, head_dim) if is_split else 1, device=query.device)
-    maxima = torch.empty((2, splits, num_rows, num_heads) if is_split else 1, device=query.device)
+    wide = {"dtype": torch.float32, "device": query.device}
+    sums = torch.empty((splits, num_rows, num_heads, head_dim) if is_split else 1, **wide)
+    maxima = torch.empty((2, splits, num_rows, num_heads) if is_split else 1, **wide)
     facts = query.dtype, head_dim, heads, rows, page_size, softcap > 0
     kinds = {"is_extend": row_starts is not None, "is_split": is_split, "is_vector": is_vector}
     attend_kernel(*facts, **kinds).launch(
@@ -154,7 +155,7 @@ def attend_kernel(
 
     @cuda.jit(device=True)
     def share(mine, best):  # type: ignore[no-untyped-def]
-        """What a running sum with maximum ``mine`` counts beside one with the maximum ``best``."""
+        """What a score, or a running sum with the maximum ``mine``, counts beside the maximum ``best``."""
         return float32(0) if mine == nothing else exp(mine - best)
 
     def attend(  # type: ignore[no-untyped-def]
@@ -247,7 +248,7 @@ def attend_kernel(
                             for k in range(width):
                                 acc[i * width + k] *= fading
                         else:
-                            weight = exp(score - peak[i])
+                            weight = share(score, peak[i])  # a first score may be minus infinity
                         total[i] += weight
                         for k in range(width):
                             acc[i * width + k] += weight * value[k]
@@ -304,10 +305,10 @@ def combine_kernel(dtype: torch.dtype) -> Kernel:
             weight, number = float32(0), float32(0)
             for split in range(splits):
                 place = split * num_slots + slot
-                peak = maxima[place]
-                if peak > nothing:
-                    counts = exp(peak - best)
-                    weight += maxima[splits * num_slots + place] * counts
+                peak, part = maxima[place], maxima[splits * num_slots + place]
+                if part != float32(0):  # what is not a number has no peak, and counts
+                    counts = float32(0) if peak == nothing else exp(peak - best)
+                    weight += part * counts
                     number += sums[place * head_dim + channel] * counts
             store(out, slot * head_dim + channel, number / weight)
 

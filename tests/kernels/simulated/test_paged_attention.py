@@ -98,6 +98,27 @@ def test_queries_may_lie_head_by_head_and_a_row_that_is_not_a_number_spoils_no_o
     assert actual.isnan().any(-1).tolist() == [[False, True], [False, False]]
 
 
+def test_a_split_of_which_nothing_is_a_number_is_not_lost(generator) -> None:
+    """Of 17 tokens in two splits, all of the second."""
+    query, keys, values, table = without_nan(make_case(torch.float32, generator, 1, 1, 8, [17], 1))
+    for token in range(9, 17):
+        keys[table[0, token // PAGE_SIZE], :, token % PAGE_SIZE] = float("nan")
+    out = paged_decode_attention(query, keys, values, table, torch.tensor([17]).int(), scale=0.3)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_scores_of_minus_infinity_count_nothing(generator, length: int) -> None:
+    query, keys, values, table = without_nan(make_case(torch.float32, generator, 1, 1, 8, [length], 1))
+    query[:] = 1
+    keys[table[0, 0], :, 0] = float("-inf")
+    counts = torch.tensor([length]).int()
+    actual = paged_decode_attention(query, keys, values, table, counts, scale=0.3)
+    assert actual.isfinite().all()
+    expected = paged_decode_attention_reference(query, keys, values, table, counts, scale=0.3)
+    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=3e-6)
+
+
 def test_no_rows_give_nothing() -> None:
     pages = torch.zeros(1, 1, PAGE_SIZE, 8)
     table, none = torch.zeros(0, 1).int(), torch.zeros(0).int()
