@@ -16,6 +16,9 @@ from tide_kernels.cpu import jit, with_whole_heads
 from tide_kernels.vectors import copy_bytes, int64_at
 
 
+LAYOUTS = ("half", "interleaved")
+
+
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """How K is turned to its position (arXiv 2104.09864).
@@ -82,18 +85,19 @@ def write_kv_layers(
     """
     num_layers, _, num_heads, _, head_dim = key_pools.shape
     shape = len(page_numbers), num_layers, num_heads, head_dim
-    if keys.shape != shape or values.shape != shape or len(offsets) != len(page_numbers):
+    fits = keys.shape == values.shape == shape and key_pools.shape == value_pools.shape
+    if not fits or len(offsets) != len(page_numbers):
         raise ValueError(
             f"rows do not fit: keys {tuple(keys.shape)}, values {tuple(values.shape)}, {len(page_numbers)} pages, "
-            f"{len(offsets)} offsets, pools {tuple(key_pools.shape)}"
+            f"{len(offsets)} offsets, pools {tuple(key_pools.shape)} and {tuple(value_pools.shape)}"
         )
     _check_dtypes(key_pools, value_pools, page_numbers, offsets, keys, values)
-    if rotation is not None and (
-        len(rotation.cos) != shape[0] or rotation.cos.shape != rotation.sin.shape or rotation.cos.shape[-1] > head_dim
-    ):
-        raise ValueError(f"rotary tables {tuple(rotation.cos.shape)} do not fit keys {tuple(keys.shape)}")
+    if rotation is not None:
+        _check_rotation(rotation, keys)
     if norm is not None and (norm.weight.shape != (head_dim,) or norm.weight.dtype != keys.dtype):
         raise ValueError(f"a head's norm must have [{head_dim}] weights in {keys.dtype}")
+    if norm is not None and norm.weight.device != keys.device:
+        raise ValueError(f"a head's norm must lie on {keys.device} like the keys, got {norm.weight.device}")
     if gpu.run_on(keys, values, key_pools, value_pools, page_numbers, offsets):
         from tide_kernels.cuda.kv_write import write_kv_cuda
 
@@ -137,10 +141,11 @@ def write_kv(
         ValueError: shapes or dtypes do not fit together.
     """
     width = key_pages.shape[1], key_pages.shape[3]
-    if key.shape != (len(page_numbers), *width) or value.shape != key.shape or len(offsets) != len(page_numbers):
+    fits = key.shape == value.shape == (len(page_numbers), *width) and key_pages.shape == value_pages.shape
+    if not fits or len(offsets) != len(page_numbers):
         raise ValueError(
             f"rows do not fit: key {tuple(key.shape)}, value {tuple(value.shape)}, {len(page_numbers)} pages, "
-            f"{len(offsets)} offsets, pages of {width}"
+            f"{len(offsets)} offsets, pages {tuple(key_pages.shape)} and {tuple(value_pages.shape)}"
         )
     _check_dtypes(key_pages, value_pages, page_numbers, offsets, key, value)
     if gpu.run_on(key, value, key_pages, value_pages, page_numbers, offsets):
@@ -160,6 +165,17 @@ def write_kv(
         copy_rows(*pools, *places, *rows, len(page_numbers), num_heads, page_size, head_dim * size)
     else:
         write_kv_reference(key_pages, value_pages, page_numbers, offsets, key, value)
+
+
+def _check_rotation(rotation: Rotation, keys: Tensor) -> None:
+    cos, sin = rotation.cos, rotation.sin
+    width = cos.shape[-1]
+    if rotation.layout not in LAYOUTS:
+        raise ValueError(f"a rotation's layout must be one of {', '.join(LAYOUTS)}, got {rotation.layout!r}")
+    if cos.shape != (len(keys), width) or cos.shape != sin.shape or width > keys.shape[-1] or width % 2:
+        raise ValueError(f"rotary tables {tuple(cos.shape)}, {tuple(sin.shape)} do not fit keys {tuple(keys.shape)}")
+    if not cos.device == sin.device == keys.device:
+        raise ValueError(f"rotary tables must lie on {keys.device} like the keys, got {cos.device} and {sin.device}")
 
 
 def _check_dtypes(

@@ -127,11 +127,12 @@ def _check(
         )
     if norm.kind not in NORMS or (norm.kind == "none" and (norm.weight is not None or norm.bias is not None)):
         raise ValueError(f"a norm must be one of {', '.join(NORMS)}, got {norm.kind!r}, and none has no weight")
-    for vector in (norm.weight, norm.bias):
-        if vector is not None and (vector.shape != (width,) or vector.dtype != states.dtype):
+    vectors = [vector for vector in (norm.weight, norm.bias) if vector is not None]
+    for vector in vectors:
+        if vector.shape != (width,) or vector.dtype != states.dtype:
             raise ValueError(f"a norm's weight must be [{width}] in {states.dtype}, got {tuple(vector.shape)}")
     parts = (gate.down, gate.down_bias, gate.up, gate.calibration, thresholds, features)
     if any(part is not None and part.dtype != torch.float32 for part in parts):
         raise ValueError("gates, thresholds and features are float32")
-    if any(part is not None and part.device != states.device for part in parts):
-        raise ValueError(f"gates, thresholds and features must lie on {states.device} like the states")
+    if any(part is not None and part.device != states.device for part in (*parts, *vectors)):
+        raise ValueError(f"gates, thresholds, features and norms must lie on {states.device} like the states")

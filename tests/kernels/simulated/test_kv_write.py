@@ -89,3 +89,30 @@ def test_what_does_not_fit_is_refused(generator) -> None:
         write_kv_layers(*pair, pages, offsets, keys, values, rotation=Rotation(torch.zeros(3, 8), torch.zeros(3, 8)))
     with pytest.raises(ValueError, match="norm"):
         write_kv_layers(*pair, pages, offsets, keys, values, norm=HeadNorm(torch.ones(7), 1e-5))
+    with pytest.raises(ValueError, match="rows do not fit"):
+        write_kv_layers(pair[0], pair[1][:, 1:], pages, offsets, keys, values)
+    with pytest.raises(ValueError, match="rows do not fit"):
+        write_kv(pools[0, 0], pools[1, 0, 1:], pages, offsets, keys[:, 0], values[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("width", "layout", "device", "message"),
+    [
+        (8, "half", "meta", "must lie on cpu"),
+        (7, "half", "cpu", "rotary tables"),
+        (8, "neox", "cpu", "layout must be one of"),
+    ],
+)
+def test_a_rotation_that_does_not_fit_is_refused(generator, width, layout, device, message) -> None:
+    pools, pages, offsets, keys, values = make_case(torch.float32, generator, 2, 8)
+    table = torch.zeros(2, width)
+    rotation = Rotation(table, table.to(device), layout)
+    with pytest.raises(ValueError, match=message):
+        write_kv_layers(pools[0, 1:], pools[1, 1:], pages, offsets, keys, values, rotation=rotation)
+
+
+def test_a_norm_on_another_device_is_refused(generator) -> None:
+    pools, pages, offsets, keys, values = make_case(torch.float32, generator, 2, 8)
+    norm = HeadNorm(torch.ones(8, device="meta"), 1e-5)
+    with pytest.raises(ValueError, match="must lie on cpu"):
+        write_kv_layers(pools[0, 1:], pools[1, 1:], pages, offsets, keys, values, norm=norm)
