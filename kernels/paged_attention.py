@@ -3,6 +3,9 @@
 ``paged_decode_attention`` takes one query row per sequence, ``paged_extend_attention`` a few. Both choose: the Numba
 CPU kernel for float32 and bfloat16 on a CPU, the CUDA kernel on a GPU, the torch reference elsewhere. The references
 have the same signatures and are the oracles of the tests.
+
+On a GPU the order in which a row's sums are taken depends on how many sequences there are and how wide the page table
+is, as few long sequences are split over more blocks: beside other rows a row differs in its last bits.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Kernel:
         max_threads: of a block; the compiler keeps to the registers that so many leave to each.
     """
 
-    def __init__(self, function: Callable[..., None], *parameters: Any, max_threads: int, min_blocks: int = 1) -> None:
+    def __init__(self, function: Callable[..., None], *parameters: Any, max_threads: int) -> None:
         self.function = function
         self.signature = types.void(*parameters)
         self.max_threads = max_threads

@@ -14,7 +14,7 @@ ROUTE_ROWS = 8
 """Rows that share one reading of a gate's weights."""
 ROUTE_MAX_BOTTLENECK = 256
 ROUTE_MIN_SLICE = 256
-"""Channels of the state below which the product is not split over more blocks."""
+"""Channels of the state that a block multiplies; narrower states are not split over blocks."""
 NORM_THREADS = 256
 """That share a row, at most."""
 SILU_THREADS = 256
@@ -38,8 +38,6 @@ PARTITION_THREADS = 512
 """Of the one block that parts the rows of a launch."""
 MOVE_THREADS = 256
 """Words of a row that one block moves, at most."""
-BLOCKS_PER_PROCESSOR = 2
-"""Blocks that splits aim at for each streaming multiprocessor."""
 
 
 def whole_warps(threads: int) -> int:

@@ -1,8 +1,9 @@
 """The CUDA kernel of ``route``.
 
 A block takes ROUTE_ROWS rows and a slice of their channels, one unit of the bottleneck to a thread: a weight is read
-once for all rows of the block. Where rows are few, slices are many; blocks of the same rows leave partial products in
-memory and the last of them to finish adds these up, always in the same order.
+once for all rows of the block. Blocks of the same rows leave partial products in memory and the last of them to finish
+adds these up, always in the same order. Slices depend on the width alone, so that a row's score does not depend on the
+rows beside it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from torch import Tensor
 
 from tide_kernels.cuda.activations import reciprocal_root, sigmoid, silu
 from tide_kernels.cuda.elements import elements, is_aligned
-from tide_kernels.cuda.kernel import FLOAT, INT, Kernel, num_processors, pointer, zeroed_counters
+from tide_kernels.cuda.kernel import FLOAT, INT, Kernel, pointer, zeroed_counters
 from tide_kernels.cuda.launches import (
-    BLOCKS_PER_PROCESSOR,
     ROUTE_MAX_BOTTLENECK,
     ROUTE_MIN_SLICE,
     ROUTE_ROWS,
@@ -39,11 +39,12 @@ def route_cuda(
     states, down, up = states.contiguous(), gate.down.contiguous(), gate.up.contiguous()
     num_rows, width = states.shape
     tiles = -(-num_rows // ROUTE_ROWS)
-    wished = -(-BLOCKS_PER_PROCESSOR * num_processors(states.device) // max(tiles, 1))
-    splits = max(1, min(wished, width // ROUTE_MIN_SLICE))
+    splits = max(1, width // ROUTE_MIN_SLICE)
     scores = torch.empty(num_rows, dtype=torch.float32, device=states.device)
     exits = torch.empty(num_rows, dtype=torch.bool, device=states.device)
-    partial = torch.empty(splits * num_rows * gate.bottleneck if splits > 1 else 1, device=states.device)
+    is_split = splits > 1
+    size = splits * num_rows * gate.bottleneck if is_split else 1
+    partial = torch.empty(size, dtype=torch.float32, device=states.device)
     traits = norm.kind, norm.weight is not None, norm.bias is not None
     kernel = route_kernel(
         states.dtype, width if width in SPECIALISED_WIDTHS and is_aligned(states) else 0, gate.bottleneck, *traits
@@ -61,7 +62,7 @@ def route_cuda(
         up if features is None else features.contiguous(),
         up if thresholds is None else thresholds.contiguous(),
         partial,
-        zeroed_counters(states.device, tiles),
+        zeroed_counters(states.device, tiles) if is_split else partial,
         scores,
         exits,
         num_rows,

@@ -59,11 +59,18 @@ def test_a_specialised_width_reads_sixteen_bytes_at_a_time(dtype, generator) -> 
 
 
 def test_a_score_does_not_depend_on_the_rows_beside_it(generator) -> None:
-    gate, states = random_gate(generator, 54, 32, 0), torch.randn(9, 54, generator=generator)
+    """Not by a bit, though a product of these channels is split over four blocks."""
+    gate, states = random_gate(generator, 100, 32, 0), torch.randn(9, 100, generator=generator)
     thresholds = torch.zeros(9)
     together, _ = route(states, gate, thresholds)
     alone, _ = route(states[8:], gate, thresholds[8:])
     assert torch.equal(together[8:], alone)
+
+
+def test_only_split_products_take_counters(monkeypatch: pytest.MonkeyPatch, generator) -> None:
+    monkeypatch.setattr("tide_kernels.cuda.route.zeroed_counters", lambda *_: pytest.fail("taken"))
+    scores, _ = route(torch.randn(1, 40, generator=generator), random_gate(generator, 40, 17, 0), None)
+    assert scores.isfinite().all()
 
 
 def test_all_exit_and_none_exit(generator) -> None:
@@ -94,3 +101,5 @@ def test_what_does_not_fit_is_refused(generator) -> None:
         route(states, gate, torch.zeros(2), norm=Normalisation("batch"))
     with pytest.raises(ValueError, match="float32"):
         route(states, gate, torch.zeros(2).half())
+    with pytest.raises(ValueError, match="norms must lie on cpu"):
+        route(states, gate, torch.zeros(2), norm=Normalisation("rms", 1e-6, torch.ones(64, device="meta")))
