@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tide_kernels import gpu
+from tide_kernels.cuda.launches import EXIT_MAX_RANK
 from tide_kernels.route import Normalisation
 
 
@@ -43,13 +44,13 @@ def exit_project(states: Tensor, head: LowRankWeights, norm: Normalisation, out:
         ValueError: shapes, dtypes or devices do not fit together.
     """
     _check(states, head, norm, out, slots)
-    if gpu.run_on(states, head.down, head.up, head.bias, out, slots):
-        from tide_kernels.cuda.exit_project import MAX_RANK, exit_project_cuda
+    unfit = gpu.over("an exit head's rank", head.rank, EXIT_MAX_RANK)
+    if gpu.run_on(states, head.down, head.up, head.bias, out, slots, unfit=unfit):
+        from tide_kernels.cuda.exit_project import exit_project_cuda
 
-        if head.rank <= MAX_RANK:
-            exit_project_cuda(states, head, norm, out, slots)
-            return
-    exit_project_reference(states, head, norm, out, slots)
+        exit_project_cuda(states, head, norm, out, slots)
+    else:
+        exit_project_reference(states, head, norm, out, slots)
 
 
 def exit_project_reference(

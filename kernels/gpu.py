@@ -62,19 +62,20 @@ def is_simulated() -> bool:
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
-def run_on(*tensors: Tensor, dtype: torch.dtype | None = None) -> bool:
+def run_on(*tensors: Tensor, dtype: torch.dtype | None = None, unfit: str | None = None) -> bool:
     """Whether a GPU kernel takes tensors of one device whose numbers are of ``dtype`` (default: the first's).
 
+    ``unfit``: why a kernel does not take their shapes, None where it does.
+
     Raises:
-        KernelsUnavailable: ``TIDE_KERNELS=cuda`` on a GPU where kernels cannot run, or for a dtype they do not take.
+        KernelsUnavailable: ``TIDE_KERNELS=cuda`` on a GPU where kernels cannot run, or for what they do not take.
     """
     device = tensors[0].device
-    if any(tensor.device != device for tensor in tensors):
-        return False  # the kernel's own checks, or torch's, name the tensor
-    return runs(device, dtype or tensors[0].dtype)
+    others = [tensor.device for tensor in tensors if tensor.device != device]
+    return runs(device, dtype or tensors[0].dtype, f"tensors lie on {device} and {others[0]}" if others else unfit)
 
 
-def runs(device: torch.device, dtype: torch.dtype) -> bool:
+def runs(device: torch.device, dtype: torch.dtype, unfit: str | None = None) -> bool:
     """``run_on`` for tensors that do not exist yet.
 
     Raises:
@@ -86,7 +87,7 @@ def runs(device: torch.device, dtype: torch.dtype) -> bool:
     chosen = choice()
     if chosen == "torch" or (is_simulated() and chosen != "cuda"):
         return False
-    reason = why_not(device.index or 0) or _why_not_dtype(dtype)
+    reason = why_not(device.index or 0) or _why_not_dtype(dtype) or unfit
     if reason is None:
         return True
     if chosen == "cuda":
@@ -159,6 +160,11 @@ def _why_not_dtype(dtype: torch.dtype) -> str | None:
     if dtype in DTYPES:
         return None
     return f"kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+def over(what: str, number: int, highest: int) -> str | None:
+    """That a number is above the highest which a kernel takes; None where it is not."""
+    return None if number <= highest else f"kernels take {what} of at most {highest}, not {number}"
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from tide_kernels import gpu
 from tide_kernels.cpu import jit, with_whole_heads
 from tide_kernels.vectors import copy_bytes, int64_at
 
-
 LAYOUTS = ("half", "interleaved")
 
 

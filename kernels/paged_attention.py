@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tide_kernels import gpu
+from tide_kernels.cuda.launches import ATTENTION_MAX_HEAD_DIM
 from tide_kernels.paged_attention_cpu import cpu_decode_attention, cpu_kernel_takes
 
 
@@ -147,12 +148,13 @@ def _tables_by_row(page_table: Tensor, row_starts: Tensor) -> Tensor:
     return page_table.repeat_interleave((row_starts[1:] - row_starts[:-1]).long(), dim=0)
 
 
-def _runs_on_gpu(query: Tensor, *others: Tensor) -> bool:
-    if not gpu.run_on(query, *others):
-        return False
-    from tide_kernels.cuda.paged_attention import MAX_HEAD_DIM
+def unfit_heads(head_dim: int) -> str | None:
+    """Why the CUDA kernels do not take heads of a width; None where they do."""
+    return gpu.over("heads", head_dim, ATTENTION_MAX_HEAD_DIM)
 
-    return query.shape[2] <= MAX_HEAD_DIM
+
+def _runs_on_gpu(query: Tensor, *others: Tensor) -> bool:
+    return gpu.run_on(query, *others, unfit=unfit_heads(query.shape[2]))
 
 
 def paged_decode_attention_reference(

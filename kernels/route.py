@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tide_kernels import gpu
+from tide_kernels.cuda.launches import ROUTE_MAX_BOTTLENECK
 
 NORMS = ("none", "rms", "layer")
 
@@ -89,12 +90,16 @@ def route(
         ValueError: shapes, dtypes or devices do not fit together.
     """
     _check(states, gate, thresholds, features, norm)
-    if gpu.run_on(states, gate.down):
-        from tide_kernels.cuda.route import MAX_BOTTLENECK, route_cuda
+    if gpu.run_on(states, gate.down, unfit=unfit_bottleneck(gate.bottleneck)):
+        from tide_kernels.cuda.route import route_cuda
 
-        if gate.bottleneck <= MAX_BOTTLENECK:
-            return route_cuda(states, gate, thresholds, features, norm)
+        return route_cuda(states, gate, thresholds, features, norm)
     return route_reference(states, gate, thresholds, features=features, norm=norm)
+
+
+def unfit_bottleneck(bottleneck: int) -> str | None:
+    """Why the kernel does not take gates of a bottleneck; None where it does."""
+    return gpu.over("a gate's bottleneck", bottleneck, ROUTE_MAX_BOTTLENECK)
 
 
 def route_reference(

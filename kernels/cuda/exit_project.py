@@ -19,7 +19,6 @@ from tide_kernels.cuda.reductions import WARP, block_sum
 from tide_kernels.exit_project import LowRankWeights
 from tide_kernels.route import Normalisation
 
-MAX_RANK = EXIT_THREADS
 CHUNK = 64
 """Channels of a block's rows that lie in shared memory at a time."""
 

@@ -21,6 +21,7 @@ SILU_THREADS = 256
 KV_WARPS = 4
 """Heads that a block writes, one to a warp."""
 ATTENTION_WARPS = 4
+ATTENTION_MAX_HEAD_DIM = 256
 QUERY_NUMBERS_PER_BLOCK = 512
 """Numbers of queries that share one reading of a sequence's K and V; each query's sums need registers, too."""
 MAX_QUERIES_PER_BLOCK = 4
@@ -32,7 +33,7 @@ COMBINE_THREADS = 128
 EXIT_ROWS = 4
 """Rows that share one reading of an exit head's weights."""
 EXIT_THREADS = 256
-"""Also the highest rank."""
+EXIT_MAX_RANK = EXIT_THREADS
 SAMPLE_THREADS = 512
 PARTITION_THREADS = 512
 """Of the one block that parts the rows of a launch."""

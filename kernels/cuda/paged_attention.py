@@ -30,8 +30,6 @@ from tide_kernels.cuda.launches import (
 )
 from tide_kernels.cuda.reductions import ALL_LANES, WARP
 
-MAX_HEAD_DIM = 256
-
 
 def paged_attention_cuda(
     query: Tensor,

@@ -18,7 +18,6 @@ from tide_kernels.cuda.activations import reciprocal_root, sigmoid, silu
 from tide_kernels.cuda.elements import elements, is_aligned
 from tide_kernels.cuda.kernel import FLOAT, INT, Kernel, pointer, zeroed_counters
 from tide_kernels.cuda.launches import (
-    ROUTE_MAX_BOTTLENECK,
     ROUTE_MIN_SLICE,
     ROUTE_ROWS,
     SPECIALISED_WIDTHS,
@@ -27,7 +26,6 @@ from tide_kernels.cuda.launches import (
 from tide_kernels.cuda.reductions import WARP, count_up, warp_sum
 from tide_kernels.route import GateWeights, Normalisation
 
-MAX_BOTTLENECK = ROUTE_MAX_BOTTLENECK
 CHUNK = 64
 """Channels of a block's rows that lie in shared memory at a time."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tide_kernels import gpu
+from tide_kernels.paged_attention import unfit_heads
 
 
 class OnGpu:
@@ -62,6 +63,10 @@ def test_kernels_asked_for_by_name_are_not_replaced_in_silence(monkeypatch: pyte
     assert gpu.run_on(OnGpu())
     with pytest.raises(gpu.KernelsUnavailable, match="not float64"):
         gpu.run_on(OnGpu(torch.float64))
+    with pytest.raises(gpu.KernelsUnavailable, match="heads of at most 256, not 512"):
+        gpu.run_on(OnGpu(), unfit=unfit_heads(512))
+    with pytest.raises(gpu.KernelsUnavailable, match="tensors lie on cuda:0 and cpu"):
+        gpu.run_on(OnGpu(), torch.zeros(1))
     monkeypatch.setenv(gpu.VARIABLE, "triton")
     with pytest.raises(ValueError, match="torch or cuda"):
         gpu.run_on(OnGpu())

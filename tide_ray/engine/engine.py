@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import torch
 
+from tide_kernels import gpu
+from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
@@ -29,7 +31,7 @@ from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_norm import fuse_norms
 from tide_ray.models.layer_fusion import fuse_layers, kernels_cover, use_decode_kernel
-from tide_ray.models.load import LoadedModel, load_as
+from tide_ray.models.load import LoadedModel, load_as, missing_kernels_as_user_errors
 from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
 
@@ -94,8 +96,11 @@ class TideEngine:
             prefill_tail=config.prefill_tail,
         )
         self.routers = routers
-        if routers is not None:
-            install_exits(config, routers, self.runner, self.max_num_seqs)
+        with missing_kernels_as_user_errors():
+            for head_dim in {shape.head_dim for shape in adapter.kv_shapes}:
+                gpu.runs(adapter.device, adapter.dtype, unfit_heads(head_dim))
+            if routers is not None:
+                install_exits(config, routers, self.runner, self.max_num_seqs)
         self.committer = Committer(self.scheduler, self.stats, now_us)
         self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
         self._requests: dict[str, Request] = {}

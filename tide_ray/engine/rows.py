@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tide_kernels import gpu
 from tide_kernels.compact import gather_rows
 from tide_kernels.decoder_layer import Places
-from tide_kernels.paged_attention import paged_decode_attention, paged_extend_attention
+from tide_kernels.paged_attention import paged_decode_attention, paged_extend_attention, unfit_heads
 from tide_kernels.paged_attention_cpu import cpu_kernel_takes
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.models.row_cache import RowCache, attention_scale
@@ -270,7 +270,8 @@ class LaunchCache(RowCache):
 
 def attends_in_pages(chunk: Chunk, query: Tensor) -> bool:
     """Whether a chunk's rows are so few that a kernel on its GPU reads the sequence's pages in place."""
-    return not chunk.is_whole and chunk.stop - chunk.start <= MAX_ROWS_IN_PAGES and gpu.run_on(query)
+    is_few = not chunk.is_whole and chunk.stop - chunk.start <= MAX_ROWS_IN_PAGES
+    return is_few and gpu.run_on(query, unfit=unfit_heads(query.shape[-1]))
 
 
 def _extend_attention(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tide_kernels import gpu
+from tide_kernels.route import unfit_bottleneck
 from tide_ray.exits.gates import Gate
 from tide_ray.models.adapter import KVShape
 from tide_ray.models.packed_linear import PackedLinear, can_pack, pack_linears
@@ -88,7 +89,7 @@ def gate_for_inference(gate: Gate, device: torch.device, dtype: torch.dtype) -> 
         gate.shortlist = gate.shortlist.to(dtype)
         if can_pack(device, dtype) and type(gate.shortlist) is nn.Linear:
             gate.shortlist = PackedLinear(gate.shortlist)
-    if gpu.run_on(gate.down.weight):
+    if gpu.run_on(gate.down.weight, unfit=unfit_bottleneck(gate.down.out_features)):
         gate.use_kernel()
     return gate
 

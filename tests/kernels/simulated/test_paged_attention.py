@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
+from tide_kernels.gpu import KernelsUnavailable
 from tide_kernels.paged_attention import (
     paged_decode_attention,
     paged_decode_attention_reference,
     paged_extend_attention,
     paged_extend_attention_reference,
 )
+from tide_ray.engine.rows import attends_in_pages
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PAGE_SIZE = 4
@@ -117,6 +121,16 @@ def test_scores_of_minus_infinity_count_nothing(generator, length: int) -> None:
     assert actual.isfinite().all()
     expected = paged_decode_attention_reference(query, keys, values, table, counts, scale=0.3)
     torch.testing.assert_close(actual, expected, atol=3e-6, rtol=3e-6)
+
+
+def test_wide_heads_are_named_and_not_attended_in_pages(generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(torch.float32, generator, 1, 1, 264, [3], 1)
+    chunk = SimpleNamespace(is_whole=False, start=0, stop=1)
+    with pytest.raises(KernelsUnavailable, match="heads of at most 256, not 264"):
+        paged_decode_attention(*case, torch.tensor([3]).int(), scale=1.0)
+    with pytest.raises(KernelsUnavailable, match="not 264"):
+        attends_in_pages(chunk, case[0])
+    assert attends_in_pages(chunk, case[0][..., :256])
 
 
 def test_no_rows_give_nothing() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tide_kernels.gpu import KernelsUnavailable
 from tide_kernels.route import GateWeights, Normalisation, route, route_reference
 
 
@@ -65,6 +66,12 @@ def test_a_score_does_not_depend_on_the_rows_beside_it(generator) -> None:
     together, _ = route(states, gate, thresholds)
     alone, _ = route(states[8:], gate, thresholds[8:])
     assert torch.equal(together[8:], alone)
+
+
+def test_a_wide_bottleneck_is_named_not_replaced_in_silence(generator) -> None:
+    gate, states = random_gate(generator, 40, 257, 0), torch.zeros(1, 40)
+    with pytest.raises(KernelsUnavailable, match="bottleneck of at most 256, not 257"):
+        route(states, gate, None)
 
 
 def test_only_split_products_take_counters(monkeypatch: pytest.MonkeyPatch, generator) -> None:
