@@ -15,7 +15,8 @@ VERSIONS = ("tide-ray", "torch", "transformers", "ray", "numba", "numba-cuda")
 
 
 def report() -> list[tuple[str, str]]:
-    """Named findings in the order in which they are printed. Nothing is loaded or run but the driver."""
+    """Named findings in the order in which they are printed. No model is loaded, but kernels are compiled and
+    a first one is run, to know whether they work."""
     device = resolve_device("auto")
     dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
     return [
@@ -78,4 +79,5 @@ def _gpu_kernels() -> str:
     reason = gpu.why_not()
     if reason is not None:
         return f"off: {reason}" + (f"; {gpu.VARIABLE}=cuda makes that an error on a GPU" if chosen == "cuda" else "")
-    return f"on ({gpu.VARIABLE}={chosen}): " + ", ".join(gpu.KERNELS)
+    named = f"on ({gpu.VARIABLE}={chosen}): {', '.join(gpu.ENGINE_KERNELS)}"
+    return f"{named}; ready, but not used by the engine: {', '.join(gpu.OTHER_KERNELS)}"

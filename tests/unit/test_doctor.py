@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_it_tells_the_choice_from_the_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert findings()["gpu kernels"] == "off: there is no driver"
     monkeypatch.setattr(gpu, "why_not", lambda: None)
     assert findings()["gpu kernels"].startswith("on (TIDE_KERNELS=auto): route, ")
+
+
+def test_it_tells_the_kernels_that_the_engine_calls_from_those_that_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    used, _, unused = findings()["gpu kernels"].partition("; ready, but not used by the engine: ")
+    folder = Path(doctor.__file__).parent
+    source = "\n".join(path.read_text() for path in folder.rglob("*.py") if path.name != "doctor.py")
+    for name in used.partition(": ")[2].split(", "):
+        called = {"paged_attention": "paged_decode_attention"}.get(name, name)
+        assert re.search(rf"(?<![\w.]){called}\(", source), name
+    for name in unused.split(", "):
+        assert not re.search(rf"(?<![\w.]){name}\(", source), name
 
 
 def test_kernels_import_without_numba_cuda(tmp_path: Path) -> None:
