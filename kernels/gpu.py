@@ -31,6 +31,10 @@ class KernelsUnavailable(RuntimeError):
     """GPU kernels were asked for by name and cannot run."""
 
 
+class _Capturing(Exception):
+    """Whether kernels run has not been asked yet, and cannot be while a CUDA graph is captured."""
+
+
 class UnknownChoice(ValueError):
     """The variable holds what it does not take."""
 
@@ -78,13 +82,20 @@ def runs(device: torch.device, dtype: torch.dtype, unfit: str | None = None) -> 
     chosen = choice()
     if chosen == "torch" or (is_simulated() and chosen != "cuda"):
         return False
-    reason = why_not(device.index or 0) or _why_not_dtype(dtype) or unfit
+    reason = _why_not_now(device.index or 0) or _why_not_dtype(dtype) or unfit
     if reason is None:
         return True
     if chosen == "cuda":
         raise KernelsUnavailable(f"{VARIABLE}=cuda, but {reason}")
     _warn(reason)
     return False
+
+
+def _why_not_now(device_index: int) -> str | None:
+    try:
+        return why_not(device_index)
+    except _Capturing:
+        return "no kernel ran before a CUDA graph was captured: run once what is captured"
 
 
 @functools.cache
@@ -104,7 +115,11 @@ def why_not(device_index: int = 0) -> str | None:
     try:
         if not importlib.import_module("numba.cuda").is_available():
             return "numba-cuda finds no driver that it supports"
+        if torch.cuda.is_current_stream_capturing():
+            raise _Capturing  # so that no answer is kept
         return _first_failure(torch.device("cuda", device_index))
+    except _Capturing:
+        raise
     except Exception as error:  # the driver's or a compiler's, of which there is no list
         return f"the first kernel failed: {_first_line(error)}"
 

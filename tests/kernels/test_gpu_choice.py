@@ -20,6 +20,14 @@ class OnGpu:
         self.device, self.dtype = torch.device("cuda", 0), dtype
 
 
+def pretend_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(gpu, "why_no_compiler", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda _name: SimpleNamespace(is_available=lambda: True))
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No answer is kept from other tests, and none of those given here is kept for them."""
@@ -72,14 +80,32 @@ def test_kernels_asked_for_by_name_are_not_replaced_in_silence(monkeypatch: pyte
         gpu.run_on(OnGpu())
 
 
+def test_a_question_during_capture_is_refused_and_not_remembered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    capturing, asked = [True], []
+    pretend_device(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(gpu, "_first_failure", asked.append)
+    with caplog.at_level(logging.WARNING):
+        assert not gpu.run_on(OnGpu())
+    assert not asked
+    assert "before a CUDA graph was captured" in caplog.text
+    monkeypatch.setenv(gpu.VARIABLE, "cuda")
+    with pytest.raises(gpu.KernelsUnavailable, match="captured"):
+        gpu.run_on(OnGpu())
+    capturing[0] = False
+    assert gpu.run_on(OnGpu())
+    capturing[0] = True
+    assert gpu.run_on(OnGpu())
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("capability", "reason"), [((6, 1), "compute capability 6.1"), ((13, 0), "13.0 is outside"), ((9, 0), None)]
 )
 def test_the_capability_decides(monkeypatch: pytest.MonkeyPatch, capability, reason: str | None) -> None:
-    monkeypatch.setattr(gpu, "why_no_compiler", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: capability)
-    monkeypatch.setattr(gpu.importlib, "import_module", lambda _name: SimpleNamespace(is_available=lambda: True))
+    pretend_device(monkeypatch, capability)
     monkeypatch.setattr(gpu, "_first_failure", lambda _device: None)
     actual = gpu.why_not()
     assert actual is None if reason is None else reason in str(actual)
