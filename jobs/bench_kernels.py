@@ -1,15 +1,18 @@
 """GPU kernels at decode sizes: time under graph replay, as a share of what copying the same bytes takes, beside torch.
 
-Bytes are what a call must read and write once: rows, weights, pages. Inputs of many calls lie side by side and are
-gone through in turn, so that the cache does not serve what memory would in a model.
+Bytes are what a call must read and write once: rows, weights, pages. Calls of a graph have inputs and weights of their
+own and keep their outputs, several times what the L2 cache holds, so that it does not serve what memory would in a
+model; a case too small for that has no share. A reference that does not fit into memory is left out.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,144 +20,219 @@ import torch
 from torch import Tensor
 
 from tide_kernels import gpu
-from tide_kernels.compact import gather_rows, gather_rows_reference
+from tide_kernels.compact import gather_rows, gather_rows_reference, partition, partition_reference
 from tide_kernels.exit_project import LowRankWeights, exit_project, exit_project_reference
 from tide_kernels.kv_write import Rotation, write_kv_layers, write_kv_layers_reference
-from tide_kernels.paged_attention import paged_decode_attention, paged_decode_attention_reference
-from tide_kernels.rms_norm import add_rms_norm, add_rms_norm_reference
+from tide_kernels.paged_attention import (
+    paged_decode_attention,
+    paged_decode_attention_reference,
+    paged_extend_attention,
+)
+from tide_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tide_kernels.route import GateWeights, Normalisation, route, route_reference
 from tide_kernels.sample import SamplingRules, sample_tokens
 from tide_kernels.silu_mul import silu_mul, silu_mul_reference
 from tide_ray.types import UserError
 
-REPEATS, CALLS = 20, 32
-COLD_BYTES = 256 << 20
-"""That the inputs of different calls take together: more than any cache."""
+REPEATS, MIN_CALLS, MAX_CALLS = 20, 32, 16384
+CACHES = 4
+"""How many times the L2 cache the inputs of a graph's calls take together."""
+COPIED_BYTES = 512 << 20
 BOTTLENECK, HEAD_DIM, KV_HEADS, GROUP, PAGE_SIZE, LAYERS, VOCABULARY = 128, 128, 8, 4, 32, 8, 128256
+EXTEND_ROWS = 4
+"""Rows of a sequence that attend together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel at one size: ``make`` gives the arguments of a call; torch's twin may be None."""
+    """One kernel at one size.
+
+    ``make`` gives the arguments of a call; ``reference``: torch's twin, or None. ``scratch_bytes``: what the twin needs
+    besides them. ``tide_bytes``: what TIDE's CUDA kernel of the same name would read and write, or None.
+    """
 
     name: str
     num_bytes: int
     make: Callable[[], tuple[Any, ...]]
     run: Callable[..., Any]
     reference: Callable[..., Any] | None
+    scratch_bytes: int = 0
+    tide_bytes: int | None = None
 
 
 def run_kernels(*, dtype: str, rows: Sequence[int], hidden: int, context: int) -> dict[str, Any]:
     """Measure every kernel for every number of rows.
 
     Raises:
-        UserError: there is no GPU, or kernels cannot run on it.
+        UserError: there is no GPU, kernels cannot run on it, or ``TIDE_KERNELS`` keeps them off.
     """
+    try:
+        if gpu.choice() == "torch":
+            raise UserError(f"kernels: {gpu.VARIABLE}=torch would measure torch in their place")
+    except gpu.UnknownChoice as error:
+        raise UserError(str(error)) from error
     reason = gpu.why_not()
     if reason is not None:
         raise UserError(f"kernels: {reason}")
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise UserError(f"dtype must be one of {', '.join(kinds)}, got {dtype!r}")
-    bandwidth = copy_bandwidth()
-    measured = []
-    for count in rows:
-        for case in cases(count, hidden, context, kinds[dtype]):
-            seconds = replayed(case.run, case)
-            eager = compiled = None
-            if case.reference is not None:
-                eager, compiled = replayed(case.reference, case), replayed(torch.compile(case.reference), case)
-            measured.append(
-                {
-                    "kernel": case.name,
-                    "rows": count,
-                    "bytes": case.num_bytes,
-                    "us": seconds * 1e6,
-                    "share_of_copies": case.num_bytes / seconds / bandwidth,
-                    "eager_us": None if eager is None else eager * 1e6,
-                    "compiled_us": None if compiled is None else compiled * 1e6,
-                }
-            )
+    with _kernels_forced():
+        bandwidth = copy_bandwidth()
+        measured = [
+            {"rows": count, **_measured(case, bandwidth)}
+            for count in rows
+            for case in cases(count, hidden, context, kinds[dtype])
+        ]
+        return {
+            "dtype": dtype,
+            "hidden": hidden,
+            "context": context,
+            "copy_bytes_per_second": bandwidth,
+            "l2_bytes": _l2_bytes(),
+            "launch_us": launch_seconds() * 1e6,
+            "kernels": measured,
+        }
+
+
+@contextmanager
+def _kernels_forced() -> Iterator[None]:
+    """No torch in a kernel's place."""
+    before = os.environ.get(gpu.VARIABLE)
+    os.environ[gpu.VARIABLE] = "cuda"
+    try:
+        yield
+    finally:
+        del os.environ[gpu.VARIABLE]
+        if before is not None:
+            os.environ[gpu.VARIABLE] = before
+
+
+def _measured(case: Case, bandwidth: float) -> dict[str, Any]:
+    """What is reported of a case; a time that there is no memory for is None."""
+    seconds = _fitting(case.run, case)
+    eager = compiled = None
+    if case.reference is not None and case.scratch_bytes < _free_bytes():
+        eager, compiled = _fitting(case.reference, case), _fitting(torch.compile(case.reference), case)
+    is_cold = num_calls(case.num_bytes, _l2_bytes()) * case.num_bytes >= CACHES * _l2_bytes()
+
+    def us(value: float | None) -> float | None:
+        return None if value is None else value * 1e6
+
     return {
-        "dtype": dtype,
-        "hidden": hidden,
-        "context": context,
-        "copy_bytes_per_second": bandwidth,
-        "launch_us": launch_seconds() * 1e6,
-        "kernels": measured,
+        "kernel": case.name,
+        "bytes": case.num_bytes,
+        "tide_bytes": case.tide_bytes,
+        "us": us(seconds),
+        "share_of_copies": case.num_bytes / seconds / bandwidth if is_cold and seconds is not None else None,
+        "eager_us": us(eager),
+        "compiled_us": us(compiled),
     }
 
 
-def cases(num_rows: int, hidden: int, context: int, dtype: torch.dtype) -> list[Case]:
-    """The kernels at one number of rows."""
+def _fitting(function: Callable[..., Any], case: Case) -> float | None:
+    """``replayed``, or None where memory runs out."""
+    try:
+        return replayed(function, case)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def num_calls(num_bytes: int, l2_bytes: int) -> int:
+    """Calls in a graph, each with inputs of its own, so that they outgrow the cache."""
+    return max(MIN_CALLS if num_bytes < l2_bytes else 1, min(MAX_CALLS, math.ceil(CACHES * l2_bytes / num_bytes)))
+
+
+def cases(num_rows: int, hidden: int, context: int, dtype: torch.dtype, *, device: str = "cuda") -> list[Case]:
+    """The kernels at one number of rows. Everything large is made by ``make``, so that one case is there at a time."""
     size = dtype.itemsize
+    order = torch.randperm(num_rows, device=device)
+    ones, longs = torch.ones(num_rows, device=device), torch.arange(num_rows, device=device)
+    rules = SamplingRules(ones, torch.zeros_like(longs).int(), ones * 0.9, ones * 0, longs, longs)
+    filled = num_rows * LAYERS * 2 * KV_HEADS * HEAD_DIM
+    gate_bytes, head_bytes = hidden * BOTTLENECK * 4, 2 * hidden * BOTTLENECK * size
+    row_bytes = num_rows * hidden * size
+    sequences, each = max(1, num_rows // EXTEND_ROWS), min(num_rows, EXTEND_ROWS)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", dtype=dtype)
+        return torch.randn(shape, device=device, dtype=dtype)
 
-    weight, thresholds = random(hidden), torch.full((num_rows,), 0.5, device="cuda")
-    gate = GateWeights(
-        *(torch.randn(shape, device="cuda") for shape in ((hidden, BOTTLENECK), BOTTLENECK, BOTTLENECK, 3))
-    )
-    lengths = torch.full((num_rows,), context, dtype=torch.int32, device="cuda")
-    pages_each = -(-context // PAGE_SIZE)
-    num_pages = pages_each * num_rows
-    table = torch.randperm(num_pages, device="cuda").int().view(num_rows, pages_each)
-    places = torch.randperm(num_pages * PAGE_SIZE, device="cuda")[:num_rows]
-    cos, sin = random(num_rows, HEAD_DIM), random(num_rows, HEAD_DIM)
-    filled = num_rows * LAYERS * 2 * KV_HEADS * HEAD_DIM
+    def states() -> tuple[Tensor, ...]:
+        return (random(num_rows, hidden),)
 
-    def attention_inputs() -> tuple[Tensor, ...]:
-        pool = num_pages, KV_HEADS, PAGE_SIZE, HEAD_DIM
-        return random(num_rows, KV_HEADS * GROUP, HEAD_DIM), random(*pool), random(*pool), table, lengths
+    def normed() -> tuple[Tensor, ...]:
+        return random(num_rows, hidden), random(hidden)
 
-    def attend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *inputs: function(*inputs, scale=HEAD_DIM**-0.5)
+    def gated() -> tuple[Any, ...]:
+        shapes = (hidden, BOTTLENECK), (BOTTLENECK,), (BOTTLENECK,), (3,)
+        return *states(), GateWeights(*(torch.randn(shape, device=device) for shape in shapes)), ones
 
-    pools = random(2, LAYERS, num_pages, KV_HEADS, PAGE_SIZE, HEAD_DIM)
+    def projected() -> tuple[Any, ...]:
+        head = LowRankWeights(random(hidden, BOTTLENECK), random(BOTTLENECK, hidden), random(hidden))
+        return *states(), head, Normalisation("rms", 1e-5, random(hidden)), random(num_rows, hidden), order
 
-    def fill(function: Callable[..., None]) -> Callable[..., None]:
-        def run(flat: Tensor) -> None:
-            both = flat.unflatten(1, (LAYERS, 2, KV_HEADS, HEAD_DIM))
-            at = places // PAGE_SIZE, places % PAGE_SIZE
-            function(*pools, *at, both[:, :, 0], both[:, :, 1], rotation=Rotation(cos, sin))
+    def kv_written() -> tuple[Any, ...]:
+        pools = random(2, LAYERS, num_rows, KV_HEADS, PAGE_SIZE, HEAD_DIM)  # a page to each row
+        both = random(num_rows, LAYERS, 2, KV_HEADS, HEAD_DIM)
+        rotation = Rotation(random(num_rows, HEAD_DIM), random(num_rows, HEAD_DIM))
+        return *pools, order, order % PAGE_SIZE, both[:, :, 0], both[:, :, 1], rotation
 
-        return run
+    def attended(count: int) -> tuple[Tensor, ...]:
+        pages_each = -(-context // PAGE_SIZE)
+        pool = count * pages_each, KV_HEADS, PAGE_SIZE, HEAD_DIM
+        table = torch.randperm(pool[0], device=device).int().view(count, pages_each)
+        return random(*pool), random(*pool), table
 
-    ones, longs = torch.ones(num_rows, device="cuda"), torch.arange(num_rows, device="cuda")
-    rules = SamplingRules(ones, torch.zeros_like(longs).int(), ones * 0.9, ones * 0, longs, longs)
-    gate_bytes = gate.down.numel() * 4
-    row_bytes = num_rows * hidden * size
-    attended = 2 * num_rows * context * KV_HEADS * HEAD_DIM * size
-    order = torch.randperm(num_rows, device="cuda")
-    head = LowRankWeights(random(hidden, BOTTLENECK), random(BOTTLENECK, hidden), random(hidden))
-    norm, pooled = Normalisation("rms", 1e-5, weight), random(num_rows, hidden)
-    head_bytes = 2 * head.down.numel() * size
+    def decoded() -> tuple[Tensor, ...]:
+        lengths = torch.full((num_rows,), context, dtype=torch.int32, device=device)
+        return random(num_rows, KV_HEADS * GROUP, HEAD_DIM), *attended(num_rows), lengths
+
+    def extended() -> tuple[Tensor, ...]:
+        starts = torch.arange(sequences + 1, device=device).int() * each
+        lengths = (context - each + 1 + torch.arange(each, device=device)).clamp(min=1).int().repeat(sequences)
+        return random(sequences * each, KV_HEADS * GROUP, HEAD_DIM), *attended(sequences), starts, lengths
+
+    def norm(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *inputs: function(*inputs, 1e-5)
+
+    def write(function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *inputs: function(*inputs[:-1], rotation=inputs[-1])
+
+    def attend(function: Callable[..., Tensor], **options: int) -> Callable[..., Tensor]:
+        return lambda *inputs: function(*inputs, scale=HEAD_DIM**-0.5, **options)
+
+    def kv_bytes(count: int) -> int:
+        return 2 * count * context * KV_HEADS * HEAD_DIM * size
+
+    wide_copies = 3 * kv_bytes(num_rows) + 3 * kv_bytes(num_rows) * 4 // size  # gathered and laid out; in float32
     return [
-        Case("gather_rows", 2 * row_bytes, lambda: (random(num_rows, hidden),), lambda x: gather_rows(x, order),
-             lambda x: gather_rows_reference(x, order)),
-        Case("exit_project", 2 * row_bytes + head_bytes, lambda: (random(num_rows, hidden),),
-             lambda x: exit_project(x, head, norm, pooled, order),
-             lambda x: exit_project_reference(x, head, norm, pooled, order)),
-        Case("route", row_bytes + gate_bytes, lambda: (random(num_rows, hidden),), lambda x: route(x, gate, thresholds),
-             lambda x: route_reference(x, gate, thresholds)),
-        Case("add_rms_norm", 4 * row_bytes, lambda: (random(num_rows, hidden), random(num_rows, hidden)),
-             lambda x, y: add_rms_norm(x, y, weight, 1e-5), lambda x, y: add_rms_norm_reference(x, y, weight, 1e-5)),
+        Case("partition", num_rows * 9 + 8, lambda: (torch.rand(num_rows, device=device) < 0.5,), partition,
+             partition_reference),
+        Case("gather_rows", 2 * row_bytes, lambda: (*states(), order), gather_rows, gather_rows_reference),
+        Case("exit_project", 2 * row_bytes + head_bytes, projected, exit_project, exit_project_reference),
+        Case("route", row_bytes + gate_bytes, gated, route, route_reference,
+             tide_bytes=row_bytes + num_rows * gate_bytes),  # a block to each row, which reads all weights
+        Case("rms_norm", 2 * row_bytes, normed, norm(rms_norm), norm(rms_norm_reference)),
+        Case("add_rms_norm", 4 * row_bytes, lambda: (*states(), *normed()), norm(add_rms_norm),
+             norm(add_rms_norm_reference)),
         Case("silu_mul", 3 * num_rows * 4 * hidden * size, lambda: (random(num_rows, 8 * hidden),), silu_mul,
              silu_mul_reference),
-        Case("write_kv_layers", 2 * filled * size, lambda: (random(num_rows, filled // num_rows),),
-             fill(write_kv_layers), fill(write_kv_layers_reference)),
-        Case("paged_decode_attention", attended, attention_inputs, attend(paged_decode_attention),
-             attend(paged_decode_attention_reference)),
+        Case("write_kv_layers", 2 * filled * size, kv_written, write(write_kv_layers),
+             write(write_kv_layers_reference)),
+        Case("paged_decode_attention", kv_bytes(num_rows), decoded, attend(paged_decode_attention),
+             attend(paged_decode_attention_reference), scratch_bytes=wide_copies),
+        Case("paged_extend_attention", kv_bytes(sequences), extended,
+             attend(paged_extend_attention, max_rows=each), None),  # whose twin waits for the device
         Case("sample_tokens", num_rows * VOCABULARY * size, lambda: (random(num_rows, VOCABULARY),),
              lambda x: sample_tokens(x, rules), None),
     ]  # fmt: skip
 
 
 def replayed(function: Callable[..., Any], case: Case) -> float:
-    """Seconds of one call, the median over replays of a graph of CALLS calls on different inputs."""
-    copies = max(1, min(CALLS, math.ceil(COLD_BYTES / case.num_bytes)))
-    inputs = [case.make() for _ in range(copies)]
+    """Seconds of one call, the median over replays of a graph of calls on different inputs."""
+    calls = num_calls(case.num_bytes, _l2_bytes())
+    torch.cuda.empty_cache()
+    inputs = [case.make() for _ in range(calls)]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):  # compile and load before anything is captured
@@ -162,14 +240,24 @@ def replayed(function: Callable[..., Any], case: Case) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for call in range(CALLS):
-            function(*inputs[call % copies])
-    return _median(graph.replay) / CALLS
+        outputs = [function(*given) for given in inputs]
+    seconds = _median(graph.replay) / calls
+    del outputs
+    return seconds
+
+
+def _l2_bytes() -> int:
+    return int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+
+def _free_bytes() -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written each second by a copy of twice COLD_BYTES."""
-    source = torch.empty(2 * COLD_BYTES, dtype=torch.uint8, device="cuda")
+    """Bytes read and written each second by a copy that no cache holds."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / _median(lambda: target.copy_(source))
 

@@ -210,9 +210,13 @@ def print_kernels_report(facts: dict[str, Any]) -> None:
     for name in ("kernel", "rows", "us", "of copies", "torch eager us", "torch.compile us"):
         table.add_column(name, justify="left" if name == "kernel" else "right")
     for row in facts["kernels"]:
-        times = [row[name] for name in ("eager_us", "compiled_us")]
-        texts = ["-" if us is None else f"{us:.1f}" for us in times]
-        table.add_row(row["kernel"], str(row["rows"]), f"{row['us']:.1f}", f"{row['share_of_copies']:.0%}", *texts)
+        times = [row[name] for name in ("us", "eager_us", "compiled_us")]
+        own, *texts = ["-" if us is None else f"{us:.1f}" for us in times]
+        share = "-" if row["share_of_copies"] is None else f"{row['share_of_copies']:.0%}"
+        table.add_row(row["kernel"], str(row["rows"]), own, share, *texts)
+        if row["tide_bytes"] is not None and row["us"] is not None:
+            least = row["tide_bytes"] / facts["copy_bytes_per_second"] * 1e6
+            table.add_row(f"{row['kernel']}, TIDE's bytes copied", str(row["rows"]), f"{least:.1f}", "100%", "-", "-")
     console.print(table)
 
 
