@@ -60,9 +60,10 @@ def paged_attention_cuda(
     is_vector = is_vector and is_aligned(query, key_pages, value_pages)
     out = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_split = splits > 1
-    wide = {"dtype": torch.float32, "device": query.device}
-    sums = torch.empty((splits, num_rows, num_heads, head_dim) if is_split else 1, **wide)
-    maxima = torch.empty((2, splits, num_rows, num_heads) if is_split else 1, **wide)
+    sums, maxima = (
+        torch.empty(shape if is_split else (1,), dtype=torch.float32, device=query.device)
+        for shape in ((splits, num_rows, num_heads, head_dim), (2, splits, num_rows, num_heads))
+    )
     facts = query.dtype, head_dim, heads, rows, page_size, softcap > 0
     kinds = {"is_extend": row_starts is not None, "is_split": is_split, "is_vector": is_vector}
     attend_kernel(*facts, **kinds).launch(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 
 from exit_helpers import forced_engine
+from tide_kernels.cuda.kernel import Kernel
 from tide_ray import SamplingParams, TideEngine
-from tide_ray.engine import rows
+from tide_ray.engine import exit_setup, rows
 from tiny_models import build_tiny_model
 
 PROMPTS = [[5, 9, 3, 7, 8], [11, 4]]
@@ -38,16 +42,27 @@ def test_tokens_and_depths_are_the_same_with_kernels_on_and_off(
     monkeypatch: pytest.MonkeyPatch, kv_policy: str
 ) -> None:
     """Prompts come in parts, so that all kinds of rows attend: decode rows, whole prompts, and later parts in pages."""
-    monkeypatch.setenv("TIDE_KERNELS", "torch")
+    monkeypatch.setattr(exit_setup, "measure_costs", lambda *_: None)  # the simulator's, which nobody asks for
     options = {"is_identity": True, "selfcheck": False, "prefix_caching": False, "max_num_batched_tokens": 4}
     engine = forced_engine(build_tiny_model("llama"), [1], [0.5], kv_policy=kv_policy, **options)
+    assert engine.runner.exits.boundaries[0].gate.kernel_weights is not None
     engine.runner._by_row = False  # as on a GPU, where only decode rows attend row by row
     expected = answers(engine, monkeypatch, "torch")
     assert {depth for _, depths in expected for depth in depths} == {1, 4}
+    launched: Counter[str] = Counter()
+    launch = Kernel.launch
+
+    def counted(kernel: Kernel, *arguments: Any) -> None:
+        launched[kernel.function.__name__] += 1
+        launch(kernel, *arguments)
+
+    monkeypatch.setattr(Kernel, "launch", counted)
     in_pages, attend = [], rows.paged_extend_attention
     monkeypatch.setattr(rows, "paged_extend_attention", lambda *a, **k: in_pages.append(1) or attend(*a, **k))
     assert answers(engine, monkeypatch, "cuda") == expected
     assert in_pages
+    assert {"sample_rows", "move", "write_heads", "attend"} <= set(launched), launched
+    assert launched["attend"] > len(in_pages), "decode rows attend in their kernel, too"
 
 
 def test_gates_score_in_one_launch_as_they_do_in_torch(generator: torch.Generator) -> None:
