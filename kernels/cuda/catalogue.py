@@ -29,6 +29,8 @@ EXIT_HEADS = ((64, "none"), (128, "rms"), (256, "layer"))
 KV_WRITES = (("none", False, True), ("half", False, True), ("half", True, True), ("interleaved", False, False))
 ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 4), (256, 2, 1), (256, 1, 2))
 """Width of a head, heads and rows that a block takes."""
+UNSPLIT = ((128, 4, 1), (128, 1, 4))
+"""Those also listed as many sequences run, which write their results at once."""
 PAGE_SIZE = 32
 
 
@@ -62,9 +64,11 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
         for head_dim, heads, rows in ATTENTIONS:
             for has_softcap in (False, True):
                 traits = f"{head_dim}/{heads} heads/{rows} rows{'/softcap' * has_softcap}"
-                kinds = {"is_extend": rows > 1, "is_split": True, "is_vector": True}
+                kinds = {"is_extend": rows > 1, "is_vector": True}
                 shape = head_dim, heads, rows, PAGE_SIZE, has_softcap
-                add(f"attention/{name}/{traits}", attend_kernel, dtype, *shape, **kinds)
+                add(f"attention/{name}/{traits}", attend_kernel, dtype, *shape, is_split=True, **kinds)
+                if (head_dim, heads, rows) in UNSPLIT:
+                    add(f"attention/{name}/{traits}/unsplit", attend_kernel, dtype, *shape, is_split=False, **kinds)
         add(f"combine/{name}", combine_kernel, dtype)
     return listed
 

@@ -19,7 +19,11 @@ IMPORTANT = (
     "add_rms_norm/bfloat16/4096",
     "silu_mul/bfloat16/16 bytes",
     "kv_write/bfloat16/half/16 bytes",
+    "route/float32/4096/128",
     "attention/bfloat16/128/4 heads/1 rows",
+    "attention/bfloat16/128/1 heads/4 rows/unsplit",
+    "attention/float16/128/4 heads/1 rows/unsplit",
+    "combine/bfloat16",
     "sample/bfloat16/16 bytes",
 )
 """Specialisations that every run compiles; ``python jobs/benchmark.py kernel-resources`` compiles all of them."""
@@ -42,6 +46,7 @@ def test_kernels_compile_without_spills_and_without_float64(architecture: str) -
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     missing = [name for name in IMPORTANT if not any(kernel["name"].startswith(name) for kernel in compiled)]
     assert not missing
+    assert "attention/bfloat16/128/4 heads/1 rows/unsplit" in {kernel["name"] for kernel in compiled}
     for kernel in compiled:
         print(f"{kernel['name']}: {kernel['registers']} registers, {kernel['shared_bytes']} bytes shared")
         assert kernel["float64_instructions"] == 0, kernel
