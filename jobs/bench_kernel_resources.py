@@ -27,17 +27,20 @@ def run_kernel_resources(architectures: Sequence[str], names: Sequence[str]) -> 
     reason = gpu.why_no_compiler()
     if reason is not None:
         raise UserError(f"GPU kernels cannot be compiled here: {reason}")
-    kernels: dict[str, dict[str, dict[str, int]]] = {}
-    for architecture in architectures:
-        for used in _compiled(architecture, names):
-            kernels.setdefault(used.pop("name"), {})[used.pop("architecture")] = used
-    used_by = [(name, used) for name, by_architecture in kernels.items() for used in by_architecture.values()]
+    compiled = [used for architecture in architectures for used in _compiled(architecture, names)]
+    kernels: dict[str, dict[str, Any]] = {}
+    for used in compiled:
+        entry = kernels.setdefault(
+            used["name"], {"threads": used["threads"], "registers": {}, "shared_bytes": {}, "spill_bytes": {}}
+        )
+        for resource in ("registers", "shared_bytes", "spill_bytes"):
+            entry[resource][used["architecture"]] = used[resource]
     return {
         "assembler": f"nvJitLink {version('nvidia-nvjitlink')}",
         "architectures": list(architectures),
-        "float64_instructions": sum(used["float64_instructions"] for _, used in used_by),
-        "spilling": sorted({name for name, used in used_by if used["spill_bytes"]}),
-        "most_registers": max((used["registers"] for _, used in used_by), default=0),
+        "float64_instructions": sum(used["float64_instructions"] for used in compiled),
+        "spilling": sorted({used["name"] for used in compiled if used["spill_bytes"]}),
+        "most_registers": max((used["registers"] for used in compiled), default=0),
         "kernels": kernels,
     }
 

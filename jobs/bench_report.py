@@ -195,10 +195,10 @@ def _print_agreement(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _headed(facts: dict[str, Any], what: str) -> Console:
-    """A console that has said where, with which model and when it was measured."""
+    """A console that has said where, with which model (if any) and when it was measured."""
     console = Console()
-    where = f"{facts['hardware']}; {facts['num_threads']} threads; {facts['model']} in {facts['dtype']}"
-    console.print(f"{where}; {what}; {facts['date']}")
+    model = f"; {facts['model']} in {facts['dtype']}" if "model" in facts else ""
+    console.print(f"{facts['hardware']}; {facts['num_threads']} threads{model}; {what}; {facts['date']}")
     return console
 
 
@@ -227,12 +227,11 @@ def print_kernel_resources_report(facts: dict[str, Any]) -> None:
     table.add_column("kernel")
     for architecture in facts["architectures"]:
         table.add_column(architecture, justify="right")
-    for name, by_architecture in facts["kernels"].items():
-        cells = [
-            f"{used['registers']} / {used['shared_bytes']}"
-            + (f" ({used['spill_bytes']})" if used["spill_bytes"] else "")
-            for used in by_architecture.values()
-        ]
+    for name, used in facts["kernels"].items():
+        cells = []
+        for architecture, registers in used["registers"].items():
+            spilled = used["spill_bytes"][architecture]
+            cells.append(f"{registers} / {used['shared_bytes'][architecture]}" + (f" ({spilled})" if spilled else ""))
         table.add_row(name, *cells)
     console.print(table)
     console.print(
