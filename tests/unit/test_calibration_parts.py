@@ -47,7 +47,8 @@ def test_ridge_finds_a_planted_map_and_states_its_error_on_held_out_rows() -> No
         .square()
         .sum()
     )
-    assert error == pytest.approx(direct / float(planted(500, 2)[1].double().square().sum()), rel=1e-3)
+    # Sums of float32 products leave the small rest of a good fit rounded to about 1e-7 of the whole, by CPU.
+    assert error == pytest.approx(direct / float(planted(500, 2)[1].double().square().sum()), abs=1e-6)
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
