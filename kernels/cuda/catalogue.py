@@ -27,9 +27,9 @@ GENERAL = 0
 ROUTES = ((4096, 128, "none"), (4096, 256, "rms"), (576, 64, "layer"), (GENERAL, 128, "rms"))
 EXIT_HEADS = ((64, "none"), (128, "rms"), (256, "layer"))
 KV_WRITES = (("none", False, True), ("half", False, True), ("half", True, True), ("interleaved", False, False))
-ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 4), (256, 2, 1), (256, 1, 2))
+ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 3), (256, 2, 1), (256, 1, 2))
 """Width of a head, heads and rows that a block takes."""
-UNSPLIT = ((128, 4, 1), (128, 1, 4))
+UNSPLIT = ((128, 4, 1), (128, 1, 3))
 """Those also listed as many sequences run, which write their results at once."""
 PAGE_SIZE = 32
 

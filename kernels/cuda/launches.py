@@ -25,6 +25,8 @@ ATTENTION_MAX_HEAD_DIM = 256
 QUERY_NUMBERS_PER_BLOCK = 512
 """Numbers of queries that share one reading of a sequence's K and V; each query's sums need registers, too."""
 MAX_QUERIES_PER_BLOCK = 4
+MAX_QUERIES_OF_ROWS = 3
+"""Where a sequence has several rows, each with its own reach: with four, registers spill before Hopper."""
 ATTENTION_BLOCKS_PER_PROCESSOR = 4
 ATTENTION_MIN_TOKENS = 256
 """Tokens below which a sequence is not split over more blocks."""

@@ -24,6 +24,7 @@ from tide_kernels.cuda.launches import (
     ATTENTION_MIN_TOKENS,
     ATTENTION_WARPS,
     COMBINE_THREADS,
+    MAX_QUERIES_OF_ROWS,
     MAX_QUERIES_PER_BLOCK,
     MAX_SPLITS,
     QUERY_NUMBERS_PER_BLOCK,
@@ -99,7 +100,7 @@ def queries_of_block(group: int, max_rows: int, head_dim: int) -> tuple[int, int
     """Heads of a group, and rows of a sequence, that a block takes at once."""
     queries = min(MAX_QUERIES_PER_BLOCK, QUERY_NUMBERS_PER_BLOCK // head_dim)
     heads = -(-group // -(-group // queries))
-    return heads, min(max_rows, queries // heads)
+    return heads, min(max_rows, max(1, min(queries, MAX_QUERIES_OF_ROWS) // heads))
 
 
 def _num_splits(device: torch.device, blocks: int, max_tokens: int) -> int:

@@ -21,7 +21,7 @@ IMPORTANT = (
     "kv_write/bfloat16/half/16 bytes",
     "route/float32/4096/128",
     "attention/bfloat16/128/4 heads/1 rows",
-    "attention/bfloat16/128/1 heads/4 rows/unsplit",
+    "attention/bfloat16/128/1 heads/3 rows/unsplit",
     "attention/float16/128/4 heads/1 rows/unsplit",
     "combine/bfloat16",
     "sample/bfloat16/16 bytes",
