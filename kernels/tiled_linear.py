@@ -142,28 +142,34 @@ def _kernels(*, uses_tiles: bool) -> tuple[Callable[..., None], Callable[..., No
     plain, gated, added = (_strip_kernel(ending, uses_tiles=uses_tiles) for ending in (PLAIN, GATED, ADDED))
 
     @jit(nogil=True)
-    def panel_of(num_rows, row_bytes):  # type: ignore[no-untyped-def]
-        """Rows of a panel: as few panels as may be, of one size."""
+    def panels_of(num_rows, row_bytes):  # type: ignore[no-untyped-def]
+        """Panels of rows, as few as may be, and the rows of each."""
         num_panels = max(1, (num_rows * row_bytes + PANEL_BYTES - 1) // PANEL_BYTES)
-        return max(1, ((num_rows + num_panels - 1) // num_panels + at_once - 1) // at_once) * at_once
+        panel = max(1, ((num_rows + num_panels - 1) // num_panels + at_once - 1) // at_once) * at_once
+        return (num_rows + panel - 1) // panel, panel
+
+    @jit(nogil=True)
+    def part_of(task, num_rows, panel, num_outputs):  # type: ignore[no-untyped-def]
+        """First row, end of the rows, first output and the output after its strip, of one task."""
+        num_strips = num_outputs // STRIP_OUTPUTS
+        first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
+        return first, min(first + panel, num_rows), output, (output + STRIP_OUTPUTS) % num_outputs
 
     @jit(parallel=True, nogil=True, boundscheck=False)
     def multiply_all(rows, weights, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
         steps = num_pairs * 2 * ITEM_BYTES, num_outputs * ITEM_BYTES
-        panel, num_strips = panel_of(num_rows, steps[0]), num_outputs // STRIP_OUTPUTS
-        for task in prange((num_rows + panel - 1) // panel * num_strips):
-            first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
-            end, following = min(first + panel, num_rows), (output + STRIP_OUTPUTS) % num_outputs
+        num_panels, panel = panels_of(num_rows, steps[0])
+        for task in prange(num_panels * (num_outputs // STRIP_OUTPUTS)):
+            first, end, output, following = part_of(task, num_rows, panel, num_outputs)
             target = out + output * ITEM_BYTES
             plain(rows, weights, target, target, steps, first, end, num_pairs, output, following)
 
     @jit(parallel=True, nogil=True, boundscheck=False)
     def multiply_added(rows, weights, addend, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
         steps = num_pairs * 2 * ITEM_BYTES, num_outputs * ITEM_BYTES
-        panel, num_strips = panel_of(num_rows, steps[0]), num_outputs // STRIP_OUTPUTS
-        for task in prange((num_rows + panel - 1) // panel * num_strips):
-            first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
-            end, following = min(first + panel, num_rows), (output + STRIP_OUTPUTS) % num_outputs
+        num_panels, panel = panels_of(num_rows, steps[0])
+        for task in prange(num_panels * (num_outputs // STRIP_OUTPUTS)):
+            first, end, output, following = part_of(task, num_rows, panel, num_outputs)
             target, other = out + output * ITEM_BYTES, addend + output * ITEM_BYTES
             added(rows, weights, target, other, steps, first, end, num_pairs, output, following)
 
@@ -171,10 +177,9 @@ def _kernels(*, uses_tiles: bool) -> tuple[Callable[..., None], Callable[..., No
     def multiply_gated(rows, weights, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
         half = num_outputs // 2
         steps = num_pairs * 2 * ITEM_BYTES, half * ITEM_BYTES
-        panel, num_strips = panel_of(num_rows, steps[0]), half // STRIP_OUTPUTS
-        for task in prange((num_rows + panel - 1) // panel * num_strips):
-            first, output = task // num_strips * panel, task % num_strips * STRIP_OUTPUTS
-            end, following = min(first + panel, num_rows), (output + STRIP_OUTPUTS) % half
+        num_panels, panel = panels_of(num_rows, steps[0])
+        for task in prange(num_panels * (half // STRIP_OUTPUTS)):
+            first, end, output, following = part_of(task, num_rows, panel, half)
             target = out + output * ITEM_BYTES
             plain(rows, weights, target, target, steps, first, end, num_pairs, output, half + output)
             gated(rows, weights, target, target, steps, first, end, num_pairs, half + output, following)

@@ -208,21 +208,6 @@ def _joined_halves(values, k):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _load_halves(cells, i, out):  # type: ignore[no-untyped-def]
-    a, b, c, d = load_words(cells, i)
-    _split_halves(a, 0, out)
-    _split_halves(b, 2, out)
-    _split_halves(c, 4, out)
-    _split_halves(d, 6, out)
-
-
-@cuda.jit(device=True)
-def _store_halves(cells, i, values):  # type: ignore[no-untyped-def]
-    a, b = _joined_halves(values, 0), _joined_halves(values, 2)
-    store_words(cells, i, a, b, _joined_halves(values, 4), _joined_halves(values, 6))
-
-
-@cuda.jit(device=True)
 def _round_bfloat(value):  # type: ignore[no-untyped-def]
     return float_from(uint32(bfloat_from_float(value) << uint32(16)))
 
@@ -247,16 +232,23 @@ def _joined_bfloats(values, k):  # type: ignore[no-untyped-def]
     return bfloat_from_float(values[k]) | uint32(bfloat_from_float(values[k + 1]) << uint32(16))
 
 
-@cuda.jit(device=True)
-def _load_bfloats(cells, i, out):  # type: ignore[no-untyped-def]
-    a, b, c, d = load_words(cells, i)
-    _split_bfloats(a, 0, out)
-    _split_bfloats(b, 2, out)
-    _split_bfloats(c, 4, out)
-    _split_bfloats(d, 6, out)
+def _by_pairs(split: Any, joined: Any) -> tuple[Any, Any]:
+    """``load_vector`` and ``store_vector`` of 16-bit numbers, of which a word holds two."""
+
+    @cuda.jit(device=True)
+    def load_eight(cells, i, out):  # type: ignore[no-untyped-def]
+        a, b, c, d = load_words(cells, i)
+        split(a, 0, out)
+        split(b, 2, out)
+        split(c, 4, out)
+        split(d, 6, out)
+
+    @cuda.jit(device=True)
+    def store_eight(cells, i, values):  # type: ignore[no-untyped-def]
+        store_words(cells, i, joined(values, 0), joined(values, 2), joined(values, 4), joined(values, 6))
+
+    return load_eight, store_eight
 
 
-@cuda.jit(device=True)
-def _store_bfloats(cells, i, values):  # type: ignore[no-untyped-def]
-    a, b = _joined_bfloats(values, 0), _joined_bfloats(values, 2)
-    store_words(cells, i, a, b, _joined_bfloats(values, 4), _joined_bfloats(values, 6))
+_load_halves, _store_halves = _by_pairs(_split_halves, _joined_halves)
+_load_bfloats, _store_bfloats = _by_pairs(_split_bfloats, _joined_bfloats)
