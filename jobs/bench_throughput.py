@@ -33,18 +33,22 @@ def run_throughput(
     hf_batch_sizes: list[int],
     num_threads: int,
     with_hf_continuous: bool,
-    with_ray: bool,
+    ray_repeats: int,
 ) -> dict[str, Any]:
-    """Run everything; returns the facts that are printed and written."""
+    """Run everything; returns the facts that are printed and written.
+
+    Args:
+        ray_repeats: times that the Ray comparison asks every prompt; 0 leaves it out.
+    """
     torch.set_num_threads(num_threads)
     facts, settings = _compare(
         workload, rounds, engine_seqs, hf_batch_sizes, num_threads, with_hf_continuous=with_hf_continuous
     )
-    if with_ray:
+    if ray_repeats:
         from bench_ray import ray_overhead
 
         gc.collect()  # the engines are gone: the job's engine must have the machine's memory to itself
-        facts["ray"] = ray_overhead(workload, settings, rounds)
+        facts["ray"] = ray_overhead(workload, settings, rounds=rounds, repeats=ray_repeats)
     return {"rounds": rounds, **facts}
 
 

@@ -60,7 +60,9 @@ def throughput(
     num_threads: NumThreads = None,
     limit: Limit = None,
     hf_continuous: HFContinuous = False,
-    ray: Annotated[bool, typer.Option(help="also run the Ray job and compare it with the bare engine")] = True,
+    ray_repeats: Annotated[
+        int, typer.Option(help="times that Ray job and bare engine are asked every prompt; 0: no Ray job", min=0)
+    ] = 4,
     output: Output = None,
 ) -> None:
     """Engine at full depth against HF generate, its profile, and the Ray job against the bare engine."""
@@ -94,7 +96,7 @@ def throughput(
             hf_batch_sizes=numbers[1],
             num_threads=machine["num_threads"],
             with_hf_continuous=hf_continuous,
-            with_ray=ray,
+            ray_repeats=ray_repeats,
         )
     finish("throughput", machine, measured, print_report, output)
 
