@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``numba.njit`` that keeps compiled code on disk where there is a place to keep it."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        # Numba names machine code by the function and by how many it met before in the process. Of two functions of one
+        # name, compiled for different constants by different processes, a third that loads both would run only one.
+        function.__qualname__ += f"_{_identity(function, options)}"
         try:
             kernel = njit(cache=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache can be written, as in many containers
@@ -44,20 +47,19 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
         # same by its pickled closure, in which another kernel is never the same as in the process before.
         cache, file = kernel._cache, kernel._cache._cache_file
         file._source_stamp = file._source_stamp, source_digest()
-        cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), _closure(function))
+        cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple())
         return kernel
 
     return decorate
 
 
-def _closure(function: Callable[..., None]) -> str:
-    """What a function closes over, told in the same words in every process."""
+def _identity(function: Callable[..., None], options: Mapping[str, Any]) -> str:
+    """Digest of what a function closes over and of how it is compiled, the same in every process."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    values = [
-        f"{value.py_func.__qualname__}({_closure(value.py_func)})" if isinstance(value, Dispatcher) else repr(value)
-        for value in cells
-    ]
-    return ", ".join(f"{name}={value}" for name, value in zip(function.__code__.co_freevars, values, strict=True))
+    values = [value.py_func.__qualname__ if isinstance(value, Dispatcher) else repr(value) for value in cells]
+    closure = list(zip(function.__code__.co_freevars, values, strict=True))
+    settings = [(name, sorted(value) if isinstance(value, Set) else value) for name, value in sorted(options.items())]
+    return hashlib.sha256(repr((closure, settings)).encode()).hexdigest()[:12]
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:

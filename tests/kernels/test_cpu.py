@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from llvmlite.binding import get_host_cpu_features
-from numba import config
+from numba import config, prange
 from numba.core.caching import CacheImpl
 
 from tide_kernels import cpu
@@ -72,6 +73,49 @@ def test_a_kernel_that_calls_others_is_found_on_disk_by_the_next_process(tmp_pat
         for _ in range(2)
     ]
     assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]]
+
+
+NORM_SCRIPT = """
+import sys
+import torch
+from tide_kernels.rms_norm import rms_norm, rms_norm_reference
+for name in sys.argv[1:]:
+    rows, weight = torch.randn(4, 64).to(getattr(torch, name)), torch.ones(64).to(getattr(torch, name))
+    torch.testing.assert_close(rms_norm(rows, weight, 1e-5), rms_norm_reference(rows, weight, 1e-5))
+"""
+
+
+def test_code_that_different_processes_compiled_is_not_mixed_up(tmp_path: Path) -> None:
+    """A kernel for bfloat16 called one for float32 and wrote past its rows: both had the same name on disk."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for dtypes in (["bfloat16"], ["float32"], ["float32", "bfloat16"]):
+        command = [sys.executable, "-c", NORM_SCRIPT, *dtypes]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_parallel_code_is_not_taken_for_the_same_kernel_without_threads(tmp_path: Path) -> None:
+    """Once on disk, norms of many rows ran in one thread."""
+
+    def threads_asked(kernel: Callable[..., int]) -> bool:
+        return "numba_parallel_for" in next(iter(kernel.inspect_llvm().values()))  # type: ignore[attr-defined]
+
+    def kernels() -> list[Callable[..., int]]:
+        made = []
+        for is_parallel in (False, True):
+
+            @jit(parallel=is_parallel)
+            def fill(numbers):  # type: ignore[no-untyped-def]
+                for i in prange(len(numbers)):
+                    numbers[i] = i
+
+            fill(np.zeros(4))
+            made.append(fill)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "CACHE_DIR", str(tmp_path))
+        assert [threads_asked(kernel) for kernel in kernels()] == [False, True]
 
 
 @pytest.mark.slow
