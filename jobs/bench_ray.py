@@ -5,7 +5,7 @@ over the time from the actor's first rows to its last finished batch, so getting
 starting Ray, loading the model and committing the last part do not (``job_wall_seconds`` has it all). The bare engine's
 is generated tokens over the time of one ``generate`` call, in a process of its own as the job's engine is. On a virtual
 machine whose host has to find it, memory that a process touches for the first time costs 0.4 GB/s, and more often so in
-the job, which starts after its machine was idle for seconds; it is paid once, so the prompts are asked several times over.
+the job, whose machine was idle for seconds before; it is paid once, so the prompts are asked several times over.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.job_folder import JobError
 
 
-def ray_overhead(
-    workload: Workload, engine_settings: dict[str, Any], *, rounds: int, repeats: int
-) -> dict[str, Any]:
+def ray_overhead(workload: Workload, engine_settings: dict[str, Any], *, rounds: int, repeats: int) -> dict[str, Any]:
     """Bare engine and job in turn, each with the machine to itself. ``overhead`` is of the medians.
 
     Args:
-        engine_settings: EngineConfig fields of both (those that the job has too). No prefix caching: prompts come again.
+        engine_settings: EngineConfig fields of both (those that the job has too), without prefix caching.
         repeats: times that every prompt is asked in a round.
     """
     workload = replace(workload, texts=workload.texts * repeats)

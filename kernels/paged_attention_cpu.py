@@ -27,6 +27,7 @@ from tide_kernels.attention_vectors import (
     tokens_for,
 )
 from tide_kernels.cpu import KERNEL_DTYPES, jit, launch, with_whole_heads
+from tide_kernels.task_sharing import new_ranges, share_out, take_task
 from tide_kernels.vectors import MAX_LANES, has_pair_products, int32_at
 
 MIN_ROWS, MAX_SCORES = 16, 2**17
@@ -122,29 +123,34 @@ def attend_kernel(head_dim: int, group: int, page_size: int, item_bytes: int) ->
         parts = kv_heads // num_here
         num_tasks = num_rows * parts
         out_step, group_bytes = kv_heads * group * head_bytes, group * head_bytes
-        for task in prange(num_tasks):
-            row, kv_head = task // parts, task % parts * num_here
-            end = int32_at(lengths, row)
-            begin = max(0, end - window) if window > 0 else 0
-            next_row, next_head = min(task + 1, num_tasks - 1) // parts, (task + 1) % parts * num_here
-            next_end = int32_at(lengths, next_row)
-            next_page = (next_end - window) // page_size if window > 0 and next_end > window else 0
-            later = int32_at(table, next_row * table_width + next_page) * kv_heads + next_head
-            attend_one(
-                query + row * row_step + kv_head * group_bytes,
-                keys,
-                values,
-                out + row * out_step + kv_head * group_bytes,
-                table + row * table_width * 4,
-                kv_heads,
-                kv_head,
-                num_here,
-                begin,
-                end,
-                later,
-                scale,
-                softcap,
-            )
+        ranges = new_ranges()
+        num_workers = share_out(num_tasks, ranges)
+        for worker in prange(num_workers):
+            task = take_task(ranges, worker, num_workers)
+            while task >= 0:
+                row, kv_head = task // parts, task % parts * num_here
+                end = int32_at(lengths, row)
+                begin = max(0, end - window) if window > 0 else 0
+                next_row, next_head = min(task + 1, num_tasks - 1) // parts, (task + 1) % parts * num_here
+                next_end = int32_at(lengths, next_row)
+                next_page = (next_end - window) // page_size if window > 0 and next_end > window else 0
+                later = int32_at(table, next_row * table_width + next_page) * kv_heads + next_head
+                attend_one(
+                    query + row * row_step + kv_head * group_bytes,
+                    keys,
+                    values,
+                    out + row * out_step + kv_head * group_bytes,
+                    table + row * table_width * 4,
+                    kv_heads,
+                    kv_head,
+                    num_here,
+                    begin,
+                    end,
+                    later,
+                    scale,
+                    softcap,
+                )
+                task = take_task(ranges, worker, num_workers)
 
     return attend_all
 

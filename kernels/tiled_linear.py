@@ -30,12 +30,15 @@ from tide_kernels.product_vectors import (
     multiply_tiles,
 )
 from tide_kernels.silu_mul import silu_mul_reference
+from tide_kernels.task_sharing import new_ranges, share_out, take_task
 
 BLOCK_OUTPUTS = 32, 64
 """Widths of oneDNN's blocks: on CPUs with AMX, and on others."""
 ITEM_BYTES = 2
 PANEL_BYTES = 2**19
 """Of rows that go through all weights together: they stay in the cache next to the cores."""
+FEW_ROWS = 4
+"""Rows at once by pairs where tiles take all but odd widths: code for each number of rows takes seconds to compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,30 +162,45 @@ def _kernels(*, uses_tiles: bool) -> tuple[Callable[..., None], Callable[..., No
     def multiply_all(rows, weights, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
         steps = num_pairs * 2 * ITEM_BYTES, num_outputs * ITEM_BYTES
         num_panels, panel = panels_of(num_rows, steps[0])
-        for task in prange(num_panels * (num_outputs // STRIP_OUTPUTS)):
-            first, end, output, following = part_of(task, num_rows, panel, num_outputs)
-            target = out + output * ITEM_BYTES
-            plain(rows, weights, target, target, steps, first, end, num_pairs, output, following)
+        ranges = new_ranges()
+        num_workers = share_out(num_panels * (num_outputs // STRIP_OUTPUTS), ranges)
+        for worker in prange(num_workers):
+            task = take_task(ranges, worker, num_workers)
+            while task >= 0:
+                first, end, output, following = part_of(task, num_rows, panel, num_outputs)
+                target = out + output * ITEM_BYTES
+                plain(rows, weights, target, target, steps, first, end, num_pairs, output, following)
+                task = take_task(ranges, worker, num_workers)
 
     @jit(parallel=True, nogil=True, boundscheck=False)
     def multiply_added(rows, weights, addend, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
         steps = num_pairs * 2 * ITEM_BYTES, num_outputs * ITEM_BYTES
         num_panels, panel = panels_of(num_rows, steps[0])
-        for task in prange(num_panels * (num_outputs // STRIP_OUTPUTS)):
-            first, end, output, following = part_of(task, num_rows, panel, num_outputs)
-            target, other = out + output * ITEM_BYTES, addend + output * ITEM_BYTES
-            added(rows, weights, target, other, steps, first, end, num_pairs, output, following)
+        ranges = new_ranges()
+        num_workers = share_out(num_panels * (num_outputs // STRIP_OUTPUTS), ranges)
+        for worker in prange(num_workers):
+            task = take_task(ranges, worker, num_workers)
+            while task >= 0:
+                first, end, output, following = part_of(task, num_rows, panel, num_outputs)
+                target, other = out + output * ITEM_BYTES, addend + output * ITEM_BYTES
+                added(rows, weights, target, other, steps, first, end, num_pairs, output, following)
+                task = take_task(ranges, worker, num_workers)
 
     @jit(parallel=True, nogil=True, boundscheck=False)
     def multiply_gated(rows, weights, out, num_rows, num_pairs, num_outputs):  # type: ignore[no-untyped-def]
         half = num_outputs // 2
         steps = num_pairs * 2 * ITEM_BYTES, half * ITEM_BYTES
         num_panels, panel = panels_of(num_rows, steps[0])
-        for task in prange(num_panels * (half // STRIP_OUTPUTS)):
-            first, end, output, following = part_of(task, num_rows, panel, half)
-            target = out + output * ITEM_BYTES
-            plain(rows, weights, target, target, steps, first, end, num_pairs, output, half + output)
-            gated(rows, weights, target, target, steps, first, end, num_pairs, half + output, following)
+        ranges = new_ranges()
+        num_workers = share_out(num_panels * (half // STRIP_OUTPUTS), ranges)
+        for worker in prange(num_workers):
+            task = take_task(ranges, worker, num_workers)
+            while task >= 0:
+                first, end, output, following = part_of(task, num_rows, panel, half)
+                target = out + output * ITEM_BYTES
+                plain(rows, weights, target, target, steps, first, end, num_pairs, output, half + output)
+                gated(rows, weights, target, target, steps, first, end, num_pairs, half + output, following)
+                task = take_task(ranges, worker, num_workers)
 
     return multiply_all, multiply_added, multiply_gated
 
@@ -190,6 +208,7 @@ def _kernels(*, uses_tiles: bool) -> tuple[Callable[..., None], Callable[..., No
 def _strip_kernel(ending: int, *, uses_tiles: bool) -> Callable[..., None]:
     """Rows ``first`` to ``end`` times one strip of outputs; ``target`` and ``other`` are places in the first of all
     rows, ``following`` is the output whose weights are read next."""
+    pairs_at_once = FEW_ROWS if uses_tiles else ROWS_AT_ONCE
 
     @jit(nogil=True)
     def places_of(weights, output, num_pairs):  # type: ignore[no-untyped-def]
@@ -202,10 +221,10 @@ def _strip_kernel(ending: int, *, uses_tiles: bool) -> Callable[..., None]:
     def in_pairs(rows, weights, target, other, steps, first, end, num_pairs, output, _following):  # type: ignore[no-untyped-def]
         strip, shifts = places_of(weights, output, num_pairs)
         all_steps = steps[0], steps[1], weights[2] * 2 * ITEM_BYTES
-        for row in range(first, end, ROWS_AT_ONCE):
-            source, down, count = rows + row * steps[0], row * steps[1], min(end - row, ROWS_AT_ONCE)
+        for row in range(first, end, pairs_at_once):
+            source, down, count = rows + row * steps[0], row * steps[1], min(end - row, pairs_at_once)
             multiply_pairs(
-                source, strip, shifts, target + down, other + down, all_steps, num_pairs, count, ROWS_AT_ONCE, ending
+                source, strip, shifts, target + down, other + down, all_steps, num_pairs, count, pairs_at_once, ending
             )
 
     if not uses_tiles:
