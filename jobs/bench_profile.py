@@ -56,8 +56,8 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
     adapter = engine.runner.adapter
     seconds: dict[str, float] = defaultdict(float)
     wrapped: list[tuple[Any, str, str]] = [
-        (adapter, "run_layer", "layers"),
-        (fused_layer, "decode_layer", "decode_kernel"),
+        (adapter, "run_layers", "layers"),
+        (fused_layer, "decode_layers", "decode_kernel"),
         (adapter, "final_norm", "head"),
         (adapter, "head", "head"),
         (adapter, "prologue", "prologue"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from references import GREEDY, loaded, ragged_prompts
+from tide_kernels.decoder_layer import decode_layers
 from tide_ray import EngineConfig, TideEngine
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.rows import LaunchCache, RowSpan, build_rows
@@ -118,6 +120,17 @@ def test_off_runs_the_models_own_layers_and_the_answers_stay() -> None:
     assert answers["auto"] == answers["off"]
 
 
+def use_kernels(adapter: Adapter, window: int | None = None) -> None:
+    """Let all layers run in the kernel for decode rows; ``window``: that of layer 1, if not its own."""
+    fused = fuse_layers(adapter)
+    for layer in fused.values():
+        pack_linears(layer)
+    if window is not None:
+        fused[1].attention = replace(fused[1].attention, window=window)
+    use_decode_kernel(fused, PAGE_SIZE)
+    adapter.fused_layers.update(fused)
+
+
 def run_layer(adapter: Adapter, states: Tensor, lengths: list[int], *, num_decode: int, by_row: bool = True) -> Tensor:
     """Layer 1 over sequences of ``lengths``: their states are prefilled, but the last of the first ``num_decode``."""
     pools = KVCache(adapter.kv_shapes, num_pages=32, page_size=PAGE_SIZE, dtype=adapter.dtype, device=adapter.device)
@@ -148,14 +161,10 @@ def test_kernels_for_decode_rows_compute_what_the_layer_computes(arch: str, monk
     lengths = [5, 17, 2, 24]
     states = torch.randn(1, sum(lengths), 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = run_layer(adapter, states, lengths, num_decode=4, by_row=False)
-    fused = fuse_layers(adapter)
-    for layer in fused.values():
-        pack_linears(layer)
-    use_decode_kernel(fused, PAGE_SIZE)
-    adapter.fused_layers.update(fused)
+    use_kernels(adapter)
     called = []
-    kernel = fused_layer.decode_layer
-    monkeypatch.setattr(fused_layer, "decode_layer", lambda *args: (called.append(args[0].shape[1]), kernel(*args))[1])
+    kernel = fused_layer.decode_layers
+    monkeypatch.setattr(fused_layer, "decode_layers", lambda *args: (called.append(args[0].shape[1]), kernel(*args))[1])
     actual = run_layer(adapter, states, lengths, num_decode=4)
     assert called == [44, 4], "prompts' rows, then decode rows"
     torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.03)
@@ -168,11 +177,7 @@ def test_kernels_for_decode_rows_compute_what_the_layer_computes(arch: str, monk
 def test_a_decode_row_is_the_same_to_the_bit_alone_and_among_others() -> None:
     """oneDNN rounds a row by how many there are, so that what was computed depended on who else was resident."""
     adapter = Adapter(wide_model("llama"))
-    fused = fuse_layers(adapter)
-    for layer in fused.values():
-        pack_linears(layer)
-    use_decode_kernel(fused, PAGE_SIZE)
-    adapter.fused_layers.update(fused)
+    use_kernels(adapter)
     lengths = [5, 17, 3, 24]
     states = torch.randn(1, sum(lengths), 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     together = run_layer(adapter, states, lengths, num_decode=4)[-4:]
@@ -180,6 +185,56 @@ def test_a_decode_row_is_the_same_to_the_bit_alone_and_among_others() -> None:
     for number, length in enumerate(lengths):
         alone = run_layer(adapter, states[:, starts[number] : starts[number + 1]], [length], num_decode=1)[-1]
         assert torch.equal(together[number], alone)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 0], [1, 0, 1, 0]])
+@torch.inference_mode()
+def test_layers_in_one_call_compute_what_they_compute_one_by_one(
+    order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their windows differ (mistral); the last of an even and of an odd number of layers writes what is returned."""
+    adapter = Adapter(wide_model("mistral"))
+    use_kernels(adapter, window=3)
+    states = torch.randn(1, 6, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    launch = build_rows(
+        [RowSpan.run([3] * 6, 0, np.arange(4, dtype=np.int32), is_decode=False)], PAGE_SIZE, adapter.device, by_row=True
+    )
+    outs, pages = [], []
+    called: list[int] = []
+    kernel = fused_layer.decode_layers
+    monkeypatch.setattr(fused_layer, "decode_layers", lambda *args: (called.append(len(args[4])), kernel(*args))[1])
+    for together in (False, True):
+        pools = KVCache(adapter.kv_shapes, num_pages=4, page_size=PAGE_SIZE, dtype=adapter.dtype, device=adapter.device)
+        cache = LaunchCache(pools, launch)
+        _, calls = adapter.prologue(launch.token_ids, launch.positions, cache)
+        called.clear()
+        hidden = states.clone()
+        for part in [order] if together else [[layer] for layer in order]:
+            hidden = adapter.run_layers(part, hidden, calls, cache)
+        assert called == ([len(order)] if together else [1] * len(order))
+        outs.append(hidden)
+        pages.append(torch.stack([*pools.key_pools, *pools.value_pools]))
+    assert torch.equal(*outs)
+    assert torch.equal(*pages)
+
+
+@needs_bfloat16
+@torch.inference_mode()
+def test_layers_of_two_kinds_do_not_run_in_one_call() -> None:
+    adapter = Adapter(wide_model("llama"))
+    use_kernels(adapter)
+    weights: list[Any] = [layer.decode_weights for layer in adapter.fused_layers.values()]
+    weights[1] = replace(weights[1], eps=(1e-3, 1e-3, 0.0, 0.0))
+    rows, pools = (
+        torch.zeros(1, 1, 128).bfloat16(),
+        KVCache(adapter.kv_shapes, num_pages=1, page_size=PAGE_SIZE, dtype=adapter.dtype, device=adapter.device),
+    )
+    launch = build_rows([RowSpan.run([3], 0, np.zeros(1, np.int32), is_decode=True)], PAGE_SIZE, adapter.device)
+    places = LaunchCache(pools, launch).decode_places([0, 1])
+    table = torch.ones(1, weights[0].head_dim).bfloat16()
+    with pytest.raises(ValueError, match="2 layers with 2 pools do not run in one call"):
+        decode_layers(rows, table, table, places, weights)
 
 
 @pytest.mark.skipif(packed_linear.DECODE_ROWS < 2**16, reason="this CPU leaves launches of many rows to oneDNN")
@@ -207,7 +262,7 @@ def test_kernels_that_fail_leave_the_model_as_it_was_with_a_warning(
         monkeypatch.setattr(fused_norm, "rms_norm", fail)  # the same kernel, which norms outside of layers use
     owner, name = {
         "fused layer": (fused_layer, "rms_norm"),
-        "decode rows": (layer_fusion, "decode_layer"),
+        "decode rows": (layer_fusion, "decode_layers"),
         "products": (packed_linear, "tiled_linear"),
     }[broken]
     monkeypatch.setattr(owner, name, fail)

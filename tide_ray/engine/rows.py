@@ -209,13 +209,12 @@ class LaunchCache(RowCache):
         self._layer = layer_idx
         return key_states, value_states
 
-    def decode_places(self, layer: int) -> Places | None:
+    def decode_places(self, layers: Sequence[int]) -> Places | None:
         rows, pools = self._rows, self._pools
         if rows.chunks:
             return None
         return Places(
-            pools.key_pools[layer],
-            pools.value_pools[layer],
+            [(pools.key_pools[layer], pools.value_pools[layer]) for layer in layers],
             rows.write_pages,
             rows.write_offsets,
             rows.pages,

@@ -33,9 +33,8 @@ class Stage:
     ) -> Tensor:
         """Run the stage's layers on packed rows ``[1, N, D]`` and count the rows that each really ran."""
         for layer in self.layers:
-            hidden = adapter.run_layer(layer, hidden, calls[layer], cache)
             rows_through_layer[layer] += hidden.shape[1]
-        return hidden
+        return adapter.run_layers(self.layers, hidden, calls, cache)
 
 
 def evenly_spaced_layers(num_layers: int, cost: float) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tide_ray.models.fused_layer import FusedLayer, run_in_one_call
 from tide_ray.models.layer_calls import LayerCall, are_alike, selected_calls
 from tide_ray.models.row_cache import (
     ATTENTION_NAME,
@@ -109,7 +111,7 @@ class Adapter:
         self.num_layers = len(self.layers)
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        self.fused_layers: dict[int, nn.Module] = {}  # in place of the model's own: (hidden, call, cache) -> hidden
+        self.fused_layers: dict[int, FusedLayer] = {}  # in place of the model's own
         self._uses_interface = bool(getattr(model, "_supports_attention_backend", False))
         if self.config._attn_implementation == ATTENTION_NAME:  # taken over by an earlier adapter
             model.set_attn_implementation("eager")
@@ -259,6 +261,26 @@ class Adapter:
         with mode:
             output = self.layers[index](hidden, *call.args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def run_layers(self, layers: Sequence[int], hidden: Tensor, calls: Sequence[LayerCall], cache: RowCache) -> Tensor:
+        """Layers one after another on packed rows; ``calls`` are those of all the model's layers."""
+
+        def kind(layer: int) -> tuple[object, ...]:
+            fused = self.fused_layers.get(layer)
+            if fused is None or fused.decode_weights is None:
+                return (layer,)
+            return fused.decode_weights.kind, id(calls[layer].kwargs["position_embeddings"])
+
+        for _, group in itertools.groupby(layers, kind):
+            members = list(group)
+            fused = [self.fused_layers[layer] for layer in members if layer in self.fused_layers]
+            together = run_in_one_call(fused, hidden, calls[members[0]], cache) if fused else None
+            if together is not None:
+                hidden = together
+                continue
+            for layer in members:
+                hidden = self.run_layer(layer, hidden, calls[layer], cache)
+        return hidden
 
     def keys_values(self, index: int, hidden: Tensor, call: LayerCall, tap: KeyValueTap) -> tuple[Tensor, Tensor]:
         """K and V ``[N, H_kv, d]`` that layer ``index`` would store for states ``[1, N, D]``; the rest does not run.

@@ -6,13 +6,14 @@ weights. ``layer_fusion`` decides which layers are LLaMA's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tide_kernels.decoder_layer import LayerWeights, decode_layer
+from tide_kernels.decoder_layer import LayerWeights, decode_layers
 from tide_kernels.rms_norm import add_rms_norm, rms_norm
 from tide_kernels.rotary import rotate
 from tide_kernels.silu_mul import silu_mul
@@ -101,11 +102,10 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden: Tensor, call: LayerCall, cache: RowCache) -> Tensor:
         """Packed rows ``[1, N, D]`` -> ``[1, N, D]``, with K/V stored in ``cache``."""
+        decoded = run_in_one_call([self], hidden, call, cache)
+        if decoded is not None:
+            return decoded
         cos, sin = call.kwargs["position_embeddings"]
-        if self.decode_weights is not None and hidden.shape[1] <= DECODE_ROWS:
-            places = cache.decode_places(self.layer_idx)
-            if places is not None:
-                return decode_layer(hidden, cos[0], sin[0], places, self.decode_weights)
         query, key, value = self.heads(hidden, cos[0], sin[0])
         return self.finish(hidden, self._attended(query, key, value, cache))
 
@@ -188,6 +188,18 @@ class FusedLayer(nn.Module):
                 stop = start + getattr(parent, part).out_features
                 setattr(parent, part, LinearPart(self, name, slice(start, stop)))
                 start = stop
+
+
+def run_in_one_call(layers: Sequence[FusedLayer], hidden: Tensor, call: LayerCall, cache: RowCache) -> Tensor | None:
+    """Layers one after another on packed rows ``[1, N, D]``, all called alike; None where no kernel takes them so."""
+    weights = [layer.decode_weights for layer in layers if layer.decode_weights is not None]
+    if len(weights) < len(layers) or hidden.shape[1] > DECODE_ROWS:
+        return None
+    places = cache.decode_places([layer.layer_idx for layer in layers])
+    if places is None:
+        return None
+    cos, sin = call.kwargs["position_embeddings"]
+    return decode_layers(hidden, cos[0], sin[0], places, weights)
 
 
 def joined(*linears: nn.Linear) -> nn.Linear:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tide_kernels import gpu
-from tide_kernels.decoder_layer import LayerWeights, Places, decode_layer
+from tide_kernels.decoder_layer import LayerWeights, Places, decode_layers
 from tide_kernels.vectors import MAX_LANES
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_layer import AttentionCall, FusedLayer, LinearPart, NotLlamas
@@ -120,8 +120,8 @@ def _compare_decoding(layer: FusedLayer, weights: LayerWeights, page_size: int) 
     pages = torch.zeros(2, num_rows, weights.num_kv_heads, page_size, layer.head_dim, dtype=dtype)
     alone = torch.arange(num_rows)
     table, lengths = alone.int()[:, None], torch.ones(num_rows, dtype=torch.int32)
-    places = Places(pages[0], pages[1], alone, torch.zeros_like(alone), table, lengths)
-    actual = decode_layer(hidden, cos, sin, places, weights)
+    places = Places([(pages[0], pages[1])], alone, torch.zeros_like(alone), table, lengths)
+    actual = decode_layers(hidden, cos, sin, places, [weights])
     _, key, value = layer.heads(hidden, cos, sin)
     group = weights.num_heads // weights.num_kv_heads
     expected = layer.finish(hidden, value.repeat_interleave(group, 1).flatten(1)[None])  # of itself a row sees itself

@@ -6,6 +6,7 @@ Layers call the function that is registered here with transformers' attention in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ class RowCache(Cache):
         """Attention of the rows over their sequences in the layer stored last: ``[1, H, N, d]`` -> ``[1, N, H, d]``."""
         raise NotImplementedError
 
-    def decode_places(self, layer: int) -> Places | None:
-        """Where ``update`` and ``attend`` would write and read, when all rows attend row by row to K/V in pages."""
+    def decode_places(self, layers: Sequence[int]) -> Places | None:
+        """Where ``update`` and ``attend`` of layers would write and read, when all rows attend row by row to pages."""
         return None
 
 
