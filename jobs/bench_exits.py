@@ -20,7 +20,8 @@ from bench_depth import PROMPT_TOKENS, answer_room, decode_rate
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, SamplingParams, TideEngine
-from tide_ray.engine.sampler import SampledTokens, Sampler, SamplingRow
+from tide_ray.engine.choice import Choice
+from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import LoadedModel, load
 
@@ -45,13 +46,12 @@ class FollowingSampler(Sampler):
         self.answers = answers
         self.same: list[list[bool]] = [[] for _ in answers]
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-        chosen = super().sample(logits, rows)
-        for n, row in enumerate(rows):
-            wanted = self.answers[row.seed][row.position]
-            self.same[row.seed].append(chosen.token_ids[n] == wanted)
-            chosen.token_ids[n] = wanted
-        return chosen
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
+        chosen = super().choose(logits, rows).read().token_ids
+        wanted = [self.answers[row.seed][row.position] for row in rows]
+        for row, own, given in zip(rows, chosen, wanted, strict=True):
+            self.same[row.seed].append(own == given)
+        return Choice(torch.tensor(wanted, device=logits.device), logits, [None] * len(rows))
 
 
 def run_exits(

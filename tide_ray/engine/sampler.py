@@ -17,7 +17,9 @@ import torch
 
 from tide_kernels import gpu
 from tide_kernels.sample import SamplingRules, random_bits, sample_tokens
-from tide_ray.types import Logprob, SamplingParams
+from tide_ray.engine.choice import Choice, SampledTokens
+from tide_ray.engine.transfers import upload, upload_one
+from tide_ray.types import SamplingParams
 
 FIRST_CANDIDATES = 64
 MORE_CANDIDATES = 1024
@@ -51,20 +53,12 @@ class SamplingRow:
         return self.params.repetition_penalty != 1.0 or bool(self.suppressed)
 
 
-@dataclass(slots=True)
-class SampledTokens:
-    """One token per row, and its log probabilities where they were asked for."""
-
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob] | None]
-
-
 class Sampler:
     """Stateless: everything a draw depends on is in the row."""
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-        """Choose one token per row.
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
+        """Choose one token per row. GPU kernels do so without a word from the host.
 
         Args:
             logits: [R, V], any float dtype; left unchanged.
@@ -72,19 +66,21 @@ class Sampler:
         """
         assert logits.shape[:-1] == (len(rows),), f"{tuple(logits.shape) = }, {len(rows) = }"
         chosen = _chosen_in_one_launch(logits, rows) if gpu.run_on(logits) else self._chosen(logits, rows)
-        token_ids: list[int] = chosen.tolist()
-        return SampledTokens(token_ids, _logprobs(logits, rows, token_ids))
+        return Choice(chosen, logits, [row.params.logprobs for row in rows])
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+        """``choose``, and read the choice."""
+        return self.choose(logits, rows).read()
 
     def _chosen(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         plain = [r for r, row in enumerate(rows) if row.params.is_greedy and not row.has_edited_logits]
-        chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if len(plain) == len(rows):
-            chosen = argmax(logits)
-        elif plain:
+            return argmax(logits)
+        chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        if plain:
             index = torch.tensor(plain, device=logits.device)
             chosen[index] = argmax(logits.index_select(0, index))
-        uniforms = torch.from_numpy(uniform([row.seed for row in rows], [row.position for row in rows]))
-        uniforms = uniforms.to(logits.device)
+        uniforms = upload_one(uniform([row.seed for row in rows], [row.position for row in rows]), logits.device)
         for group in _processed_groups(logits, rows, skip=set(plain)):
             draws = _draw(group.weights, uniforms[group.rows])
             chosen[group.rows] = draws if group.ids is None else group.ids.gather(1, draws[:, None])[:, 0]
@@ -96,18 +92,14 @@ def _chosen_in_one_launch(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> 
     if any(row.has_edited_logits for row in rows):
         logits = _edited_scores(logits.to(torch.float32, copy=True), rows)
     heats = [0.0 if row.params.is_greedy else max(row.params.temperature, MIN_TEMPERATURE) for row in rows]
-    floats = torch.tensor([heats, [row.params.top_p for row in rows], [row.params.min_p for row in rows]])
-    longs = np.array(
-        [
-            [max(row.params.top_k, 0) for row in rows],
-            [row.seed & _UINT64_MASK for row in rows],
-            [row.position for row in rows],
-        ],
-        dtype=np.uint64,
-    )
-    heats_there, top_ps, min_ps = floats.to(logits.device)
-    top_ks, seeds, positions = torch.from_numpy(longs.view(np.int64)).to(logits.device)
-    return sample_tokens(logits, SamplingRules(heats_there, top_ks.int(), top_ps, min_ps, seeds, positions))
+    arrays: list[np.ndarray] = [
+        np.array([heats, [row.params.top_p for row in rows], [row.params.min_p for row in rows]], dtype=np.float32),
+        np.array([min(max(row.params.top_k, 0), logits.shape[1]) for row in rows], dtype=np.int32),
+        np.array([row.seed & _UINT64_MASK for row in rows], dtype=np.uint64).view(np.int64),
+        np.array([row.position for row in rows], dtype=np.int64),
+    ]
+    (heats_there, top_ps, min_ps), top_ks, seeds, positions = upload(arrays, logits.device)
+    return sample_tokens(logits, SamplingRules(heats_there, top_ks, top_ps, min_ps, seeds, positions))
 
 
 def processed_probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -192,18 +184,20 @@ def _edited_scores(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.T
     vocab_size = scores.shape[1]
     penalised = [(r, row) for r, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
     if penalised:
-        lengths = torch.tensor([len(row.token_ids) for _, row in penalised], device=scores.device)
-        at_row = torch.tensor([r for r, _ in penalised], device=scores.device).repeat_interleave(lengths)
-        penalty = torch.tensor([row.params.repetition_penalty for _, row in penalised], device=scores.device)
-        penalty = penalty.repeat_interleave(lengths)
-        at_id = torch.cat([torch.as_tensor(row.token_ids, dtype=torch.int64) for _, row in penalised])
-        at_id = at_id.to(scores.device)
+        lengths = [len(row.token_ids) for _, row in penalised]
+        penalties = np.array([row.params.repetition_penalty for _, row in penalised], dtype=np.float32)
+        arrays = [
+            np.repeat([r for r, _ in penalised], lengths),
+            np.concatenate([np.asarray(row.token_ids, dtype=np.int64) for _, row in penalised]),
+            np.repeat(penalties, lengths),
+        ]
+        at_row, at_id, penalty = upload(arrays, scores.device)
         seen = scores[at_row, at_id]
         # An id that occurs twice writes the same value twice.
         scores[at_row, at_id] = torch.where(seen < 0, seen * penalty, seen / penalty)
     banned = [(r, i) for r, row in enumerate(rows) for i in row.suppressed if 0 <= i < vocab_size]
     if banned:
-        at = torch.tensor(banned, device=scores.device)
+        at = upload_one(np.array(banned), scores.device)
         scores[at[:, 0], at[:, 1]] = -torch.inf
     return scores
 
@@ -303,28 +297,3 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _logprobs(
-    logits: torch.Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]
-) -> list[dict[int, Logprob] | None]:
-    """Log probabilities of the unprocessed logits: the chosen token first, then the likeliest ones."""
-    results: list[dict[int, Logprob] | None] = [None] * len(rows)
-    asked = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
-    if not asked:
-        return results
-    index = torch.tensor([r for r, _ in asked], device=logits.device)
-    logprobs = logits.index_select(0, index).float().log_softmax(dim=-1)
-    sampled_ids = [token_ids[r] for r, _ in asked]
-    sampled = logprobs.gather(1, torch.tensor(sampled_ids, device=logits.device)[:, None])
-    ranks = ((logprobs > sampled).sum(dim=-1) + 1).tolist()
-    top = logprobs.topk(min(max(k for _, k in asked), logits.shape[1]), dim=-1)
-    columns = zip(
-        asked, sampled_ids, sampled[:, 0].tolist(), ranks, top.values.tolist(), top.indices.tolist(), strict=True
-    )
-    for (r, num_top), token_id, logprob, rank, values, ids in columns:
-        entry = {token_id: Logprob(logprob, rank)}
-        for value, top_id in zip(values[:num_top], ids[:num_top], strict=True):
-            entry.setdefault(top_id, Logprob(value, values.index(value) + 1))
-        results[r] = entry
-    return results
