@@ -52,7 +52,10 @@ def profile_engine(engine: TideEngine, run: Callable[[], Any]) -> dict[str, Any]
 
 @contextmanager
 def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
-    """Seconds spent in the engine's parts while the block runs; ``layers`` holds those of LAYER_PARTS."""
+    """Seconds spent in the engine's parts while the block runs; ``layers`` holds those of LAYER_PARTS.
+
+    Without CUDA graphs, whose parts nobody can time.
+    """
     adapter = engine.runner.adapter
     seconds: dict[str, float] = defaultdict(float)
     wrapped: list[tuple[Any, str, str]] = [
@@ -61,7 +64,7 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
         (adapter, "final_norm", "head"),
         (adapter, "head", "head"),
         (adapter, "prologue", "prologue"),
-        (engine.runner.sampler, "sample", "sampler"),
+        (engine.runner.sampler, "choose", "sampler"),
         (LaunchCache, "update", "attention"),
         (LaunchCache, "attend", "attention"),
         (engine.scheduler, "schedule", "scheduling"),
@@ -76,9 +79,11 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
     synchronize = torch.cuda.synchronize if adapter.device.type == "cuda" else _nothing
     for (owner, name, part), (_, _, original, _) in zip(wrapped, originals, strict=True):
         setattr(owner, name, _timer(original, seconds, part, synchronize))
+    graphs, engine.runner.graphs = engine.runner.graphs, None
     try:
         yield seconds
     finally:
+        engine.runner.graphs = graphs
         for owner, name, original, was_own in originals:
             if was_own:
                 setattr(owner, name, original)

@@ -9,7 +9,7 @@ from typing import Any
 
 import tide_ray.data
 from tide_ray import SamplingParams, UserError
-from tide_ray.engine.engine import position_limit
+from tide_ray.engine.preparation import position_limit
 from tide_ray.engine.requests import PromptEncoder
 from tide_ray.models import LoadedModel
 from tide_ray.types import Prompt

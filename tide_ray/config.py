@@ -12,6 +12,7 @@ KV_POLICIES = ("fitted", "copy", "deferred", "full")
 MEASURES = ("probability", "margin", "entropy")
 EXITS_WHEN = ("pays", "always")
 COMPILE = ("auto", "off")
+CUDA_GRAPHS = ("auto", "off")
 DEFAULT_EXIT_ERROR = 0.02
 
 
@@ -54,6 +55,8 @@ class EngineConfig:
         static_cost: static: share of layers to keep, in (0, 1]; the rest is skipped evenly (arXiv 2404.06954).
         compile: ``auto``: layers that are known run through compiled kernels where there are some, the others through
             their own code; ``off``: all layers run their own code.
+        cuda_graphs: ``auto``: on a GPU whose kernels run, launches that only decode are replayed from CUDA graphs;
+            ``off``: all launches are started kernel by kernel.
         num_threads: CPU threads; None keeps torch's choice.
         seed: base of the seeds of sampled requests that bring none.
         selfcheck: compare with the model's own forward at load, and refuse a model that differs.
@@ -84,6 +87,7 @@ class EngineConfig:
     skip_layers: tuple[int, ...] = ()
     static_cost: float | None = None
     compile: str = "auto"
+    cuda_graphs: str = "auto"
     num_threads: int | None = None
     seed: int = 0
     selfcheck: bool = True
@@ -95,6 +99,7 @@ class EngineConfig:
             ("policy", POLICIES),
             ("exits_when", EXITS_WHEN),
             ("compile", COMPILE),
+            ("cuda_graphs", CUDA_GRAPHS),
             ("confidence_measure", MEASURES),
         ):
             if getattr(self, name) not in known:

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
 from references import assert_idle, loaded
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
 from tide_ray.engine import memory
-from tide_ray.engine.engine import position_limit
 from tide_ray.engine.kv_cache import KVCache, page_bytes
 from tide_ray.engine.memory import (
     DEFAULT_MODEL_LEN,
@@ -25,6 +24,7 @@ from tide_ray.engine.memory import (
     peak_memory,
     plan_memory,
 )
+from tide_ray.engine.preparation import position_limit
 from tide_ray.models.adapter import Adapter, KVShape
 from tiny_models import MAX_POSITIONS, build_tiny_model
 

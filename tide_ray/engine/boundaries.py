@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tide_kernels.compact import gather_rows
+from tide_ray.engine.flow import Arrivals, Flow, Leaving
 from tide_ray.engine.kv_fill import KVFill
 from tide_ray.engine.lanes import ASKED, FOLLOWS, PREFILL, Lane, row_starts
-from tide_ray.engine.rows import LaunchCache, RowBatch
+from tide_ray.engine.rows import LaunchCache
 from tide_ray.engine.sequence import PendingState
+from tide_ray.engine.transfers import upload, upload_one
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.policies import Candidates, ExitPolicy
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.models.layer_calls import LayerCall, selected_calls
 from tide_ray.types import EngineStats
-
-
-@dataclass(slots=True)
-class Arrivals:
-    """Rows that have reached a stage: lanes (decode lanes first), and their states ``[N, D]`` in the lanes' order."""
-
-    lanes: list[Lane]
-    hidden: Tensor
-
-
-@dataclass(slots=True)
-class Flow(Arrivals):
-    """Rows in a launch, with how the model is called for them."""
-
-    rows: RowBatch
-    cache: LaunchCache
-    calls: list[LayerCall]
-
-
-@dataclass(frozen=True, slots=True)
-class Leaving:
-    """Lanes whose token is chosen now: ``states`` ``[n, D]`` go through the model's final norm and head."""
-
-    lanes: list[Lane]
-    states: Tensor
-    depth: int
 
 
 class BoundaryExits:
@@ -75,7 +49,7 @@ class BoundaryExits:
         self.prefill_thresholds = list(prefill_thresholds)
         self.observed = [[0, 0] for _ in boundaries]  # rows asked, rows stopped, since last taken
 
-    def split(self, boundary: int, flow: Flow, *, is_on: bool) -> tuple[Arrivals | None, Leaving | None]:
+    def split(self, boundary: int, flow: Flow, *, is_on: bool) -> tuple[Flow | Arrivals | None, Leaving | None]:
         """Part the rows of a launch that has reached ``boundary``: those that go on, and tokens to choose now.
 
         What goes on is the launch itself where nothing left it.
@@ -99,14 +73,14 @@ class BoundaryExits:
             return flow, self._select(boundary, flow, states, starts, stops)
         if not stops.any():
             return flow, None
-        index = torch.from_numpy(np.flatnonzero(stops)).to(states.device)
+        index = upload_one(np.flatnonzero(stops), states.device)
         self._keep_attendable(boundary, flow, gather_rows(states, index), index, starts, stops)
         leaving = self._leaving(boundary, flow, states, starts, stops)
         return self._survivors(flow, starts, stops), leaving
 
     def probe(self, boundary: int, flow: Flow) -> tuple[int, int]:
         """How many rows would be asked at a boundary that is off, and how many of them would stop. None stops."""
-        last = torch.from_numpy(row_starts(flow.lanes)[1:] - 1).to(flow.hidden.device)
+        last = upload_one(row_starts(flow.lanes)[1:] - 1, flow.hidden.device)
         ends = [Lane(lane.sequence, lane.span, lane.fates[-1:], lane.samples) for lane in flow.lanes]
         fates = np.concatenate([lane.fates for lane in ends])
         nowhere = np.zeros(len(ends), dtype=bool)
@@ -128,7 +102,7 @@ class BoundaryExits:
             return
         asking = [lanes[n] for n in numbers]
         last = starts[np.array(numbers) + 1] - 1
-        rows = states if len(last) == len(states) else states[torch.from_numpy(last).to(states.device)]
+        rows = states if len(last) == len(states) else states[upload_one(last, states.device)]
         verdict = self.policy.decide(
             Candidates(
                 boundary=boundary,
@@ -155,7 +129,7 @@ class BoundaryExits:
         positions = np.concatenate([lane.span.positions for lane in lanes])[prompt]
         ends, counts = zip(*((len(lane.sequence.prompt_ids), lane.num_rows) for lane in lanes), strict=True)
         lengths = np.repeat(ends, counts)[prompt]
-        index, at, of = (torch.from_numpy(array).to(states.device) for array in (prompt, positions, lengths))
+        index, at, of = upload([prompt, positions, lengths], states.device)
         damages = gate.damages(states[index], at, of).cpu().numpy()
         stops = np.zeros(len(fates), dtype=bool)
         stops[prompt] = damages < self.prefill_thresholds[boundary]
@@ -176,7 +150,7 @@ class BoundaryExits:
                     lane.sequence.pending.append(PendingState(boundary + 1, position, flow.hidden[row].clone()))
             if not is_prompt.any():
                 return
-            chosen = torch.from_numpy(np.flatnonzero(is_prompt)).to(index.device)
+            chosen = upload_one(np.flatnonzero(is_prompt), index.device)
             states, index = states[chosen], index[chosen]
         if self.kv_policy == "copy":
             self.fill.copied(boundary, flow.hidden[index], flow.rows, index)
@@ -191,7 +165,7 @@ class BoundaryExits:
         numbers = [n for n, lane in enumerate(flow.lanes) if lane.samples and stops[last[n]]]
         if not numbers:
             return None
-        rows = torch.from_numpy(last[numbers]).to(states.device)
+        rows = upload_one(last[numbers], states.device)
         head = self.boundaries[boundary]
         return Leaving([flow.lanes[n] for n in numbers], head.head(states[rows]), head.depth)
 
@@ -205,7 +179,7 @@ class BoundaryExits:
             lane.fates[-1] = self.boundaries[boundary].depth  # asked no more
         return leaving
 
-    def _survivors(self, flow: Flow, starts: np.ndarray, stops: np.ndarray) -> Arrivals | None:
+    def _survivors(self, flow: Flow, starts: np.ndarray, stops: np.ndarray) -> Flow | Arrivals | None:
         if stops.all():
             return None
         lanes = []
@@ -213,14 +187,19 @@ class BoundaryExits:
             kept = ~stops[starts[n] : starts[n + 1]]
             if kept.any():
                 lanes.append(lane.select(kept))
-        index = torch.from_numpy(np.flatnonzero(~stops)).to(flow.hidden.device)
+        index = upload_one(np.flatnonzero(~stops), flow.hidden.device)
         if flow.rows.chunks or not self.fill.adapter.calls_are_by_row:
             return Arrivals(lanes, gather_rows(flow.hidden, index))
         return self._narrowed(flow, lanes, index)
 
     def _narrowed(self, flow: Flow, lanes: list[Lane], index: Tensor) -> Flow:
         """The launch with rows ``index`` alone, which spares asking the model again how it calls its layers."""
-        rows = flow.rows.select(index)
+        rows = flow.rows.select(index, num_decode=sum(lane.span.is_decode for lane in lanes))
         cache = LaunchCache(self.fill.pools, rows)
-        calls = selected_calls(flow.calls, index, num_rows=flow.rows.num_rows, cache=flow.cache, new_cache=cache)
-        return Flow(lanes, gather_rows(flow.hidden, index), rows, cache, calls)
+        hidden = gather_rows(flow.hidden, index)
+
+        def start() -> tuple[Tensor, list[LayerCall]]:
+            calls = selected_calls(flow.calls, index, num_rows=flow.rows.num_rows, cache=flow.cache, new_cache=cache)
+            return hidden[None], calls
+
+        return Flow(lanes, rows, cache, start, hidden)

@@ -18,9 +18,9 @@ from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
-from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.prefix_cache import PrefixCache
+from tide_ray.engine.preparation import memory_and_graphs, position_limit, prepared
 from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
@@ -28,14 +28,9 @@ from tide_ray.engine.selfcheck import selfcheck
 from tide_ray.engine.sequence import Sequence, now_us
 from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
-from tide_ray.models.adapter import Adapter
-from tide_ray.models.fused_norm import fuse_norms
-from tide_ray.models.layer_fusion import fuse_layers, kernels_cover, use_decode_kernel
 from tide_ray.models.load import LoadedModel, load_as, missing_kernels_as_user_errors
-from tide_ray.models.packed_linear import can_pack, pack_linears
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
 
-UNLIMITED_POSITIONS = 2**20
 WARM_UP_ROWS = 16
 
 
@@ -57,7 +52,7 @@ class TideEngine:
         self.config = config = config or EngineConfig()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        adapter = _prepared(model, config)
+        adapter = prepared(model, config)
         if model.device.type == "cpu":
             return_freed_memory()
             keep_freed_memory()
@@ -71,13 +66,8 @@ class TideEngine:
         self.max_num_seqs = plan.max_num_seqs
         self.num_kv_pages = plan.num_pages
         self.stats = EngineStats(rows_through_layer=[0] * adapter.num_layers)
-        pools = KVCache(
-            adapter.kv_shapes,
-            num_pages=plan.num_pages,
-            page_size=config.page_size,
-            dtype=adapter.dtype,
-            device=adapter.device,
-        )
+        with missing_kernels_as_user_errors():
+            pools, graphs = memory_and_graphs(config, adapter, stages, plan)
         self.scheduler = Scheduler(
             PrefixCache(plan.num_pages, config.page_size, is_on=config.prefix_caching),
             max_residents=plan.max_num_seqs,
@@ -94,6 +84,7 @@ class TideEngine:
             waiting=self.scheduler.waiting_for_stage,
             max_residents=plan.max_num_seqs,
             prefill_tail=config.prefill_tail,
+            graphs=graphs,
         )
         self.routers = routers
         with missing_kernels_as_user_errors():
@@ -118,10 +109,12 @@ class TideEngine:
     def warm_up(self) -> None:
         """Answer a short prompt and forget it, so that the first request waits for nothing that only happens once.
 
-        That is loading compiled kernels, touching the weights and starting threads: seconds, on a CPU. To be called
-        while nothing runs; counters start from zero afterwards, and no prompt is remembered.
+        That is loading compiled kernels, touching the weights and starting threads, and on a GPU capturing graphs:
+        seconds. To be called while nothing runs; counters start from zero afterwards, and no prompt is remembered.
         """
         prompt = [0] * min(WARM_UP_ROWS, self.max_model_len - 2)
+        if self.runner.graphs is not None:
+            self.runner.graphs.capture_all()
         self.generate(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
         self.scheduler.pool.clear()
         self.stats.reset()
@@ -259,6 +252,7 @@ class TideEngine:
             ],
             "num_layers": self.num_layers,
             "num_fused_layers": len(self.runner.adapter.fused_layers),
+            "cuda_graphs": None if self.runner.graphs is None else self.runner.graphs.num_captured,
             "max_num_seqs": self.max_num_seqs,
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -315,23 +309,6 @@ class TideEngine:
         return (self.config.seed << 32) + next(self._numbers)
 
 
-def _prepared(model: LoadedModel, config: EngineConfig) -> Adapter:
-    """The adapter, with the model's layers laid out for this machine."""
-    with torch.inference_mode():
-        adapter = Adapter(model.model)
-        fused = fuse_layers(adapter) if config.compile == "auto" else {}
-        num_replaced = 0
-        if can_pack(model.device, model.dtype):
-            num_replaced += sum(pack_linears(module) for module in (model.model, *fused.values()))
-        if config.compile == "auto" and (num_replaced or (model.device.type != "cpu" and kernels_cover(adapter))):
-            num_replaced += fuse_norms(model.model)
-        if num_replaced:
-            adapter = Adapter(model.model)  # it holds on to modules outside of the layers
-        use_decode_kernel(fused, config.page_size)
-    adapter.fused_layers.update(fused)
-    return adapter
-
-
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """One prompt or many: a string, a list of ids and a list of chat messages are each one prompt."""
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
@@ -350,18 +327,3 @@ def _params_for_each(given: SamplingParams | Seq[SamplingParams] | None, num_pro
     if len(given) != num_prompts:
         raise UserError(f"sampling_params must be one or one for each of {num_prompts} prompts, got {len(given)}")
     return list(given)
-
-
-def position_limit(config: Any) -> int:
-    """How many positions a model may see: its trained length; scaled rotary models keep to their unscaled length.
-
-    Dynamic and long-context rotary scaling make a token's rotation depend on how long its sequence (or its batch)
-    is; within the unscaled length they agree with the plain tables.
-    """
-    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]
-    for kind in kinds:
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            limit = min(limit, kind.get("original_max_position_embeddings") or limit)
-    return int(limit)

@@ -12,12 +12,11 @@ import torch
 
 from tide_ray.engine.boundaries import BoundaryExits
 from tide_ray.engine.cost_model import CostCurve, EngineCosts
-from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, build_rows
+from tide_ray.engine.flow import Flow
+from tide_ray.engine.rows import LaunchCache, RowSpan, build_rows
 from tide_ray.engine.runner import Runner
-from tide_ray.engine.stages import Stage
 from tide_ray.exits.policies import Candidates
 from tide_ray.exits.readouts import unit_rms
-from tide_ray.models.layer_calls import LayerCall
 
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 REPEATS = 3
@@ -36,21 +35,23 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
     gates: list[list[float]] = [[] for _ in exits.boundaries]
     leaving: list[list[float]] = [[] for _ in exits.boundaries]
     head: list[float] = []
+    longest = max(range(len(runner.stages)), key=lambda index: len(runner.stages[index].layers))
     for size in sizes:
-        rows, cache, hidden, calls = _launch_of(runner, size, context)
+        flow = _launch_of(runner, size, context)
+        states = flow.hidden.clone()
         # Stages take turns, as in a step: one stage's weights may fit into a cache that all of them together do not.
-        turns = [partial(_run, runner, stage, hidden, calls, cache) for stage in runner.stages]
+        turns = [partial(_run, runner, index, flow, states) for index in range(len(runner.stages))]
         for number, seconds in enumerate(_medians(runner, turns)):
             stages[number].append(seconds)
         # Small things as well are used again only after the stages' weights have passed through the caches.
-        _, one_cache, one_row, one_calls = _launch_of(runner, 1, context)
-        between = partial(_run, runner, max(runner.stages, key=lambda s: len(s.layers)), one_row, one_calls, one_cache)
+        one_row = _launch_of(runner, 1, context)
+        between = partial(_run, runner, longest, one_row, states[:1])
         for number in range(len(exits.boundaries)):
-            ask = partial(_gate, runner, exits, number, hidden[0], context)
-            leave = partial(_exit, exits, number, hidden[0], rows, calls)
+            ask = partial(_gate, runner, exits, number, states, context)
+            leave = partial(_exit, exits, number, states, flow)
             gates[number].append(_medians(runner, [between, ask])[1])
             leaving[number].append(_medians(runner, [between, leave])[1])
-        head.append(_medians(runner, [between, partial(_head, runner, hidden)])[1])
+        head.append(_medians(runner, [between, partial(_head, runner, states)])[1])
     return EngineCosts(
         stages=tuple(CostCurve(sizes, tuple(seconds)) for seconds in stages),
         gates=tuple(CostCurve(sizes, tuple(seconds)) for seconds in gates),
@@ -59,10 +60,12 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
     )
 
 
-def _launch_of(runner: Runner, size: int, context: int) -> tuple[RowBatch, LaunchCache, torch.Tensor, list[LayerCall]]:
+def _launch_of(runner: Runner, size: int, context: int) -> Flow:
     """``size`` decode rows, each over pages of its own as far as there are enough."""
-    pools = runner.pools
+    pools, graphs = runner.pools, runner.graphs
     context = min(context, pools.num_pages * pools.page_size)
+    if graphs is not None:
+        context = min(context, graphs.max_pages * pools.page_size)
     pages_each = -(-context // pools.page_size)
     spans = [
         RowSpan.run([1], context - 1, (np.arange(pages_each) + row * pages_each) % pools.num_pages, is_decode=True)
@@ -70,12 +73,12 @@ def _launch_of(runner: Runner, size: int, context: int) -> tuple[RowBatch, Launc
     ]
     rows = build_rows(spans, pools.page_size, runner.adapter.device)
     cache = LaunchCache(pools, rows)
-    hidden, calls = runner.adapter.prologue(rows.token_ids, rows.positions, cache)
-    return rows, cache, hidden, calls
+    return Flow([], rows, cache, partial(runner.adapter.prologue, rows.token_ids, rows.positions, cache))
 
 
-def _run(runner: Runner, stage: Stage, hidden: torch.Tensor, calls: list[LayerCall], cache: LaunchCache) -> None:
-    stage.run(runner.adapter, hidden, calls, cache, [0] * runner.adapter.num_layers)
+def _run(runner: Runner, index: int, flow: Flow, states: torch.Tensor) -> None:
+    flow.hidden = states
+    runner.run_stage(index, flow)
 
 
 def _gate(runner: Runner, exits: BoundaryExits, number: int, hidden: torch.Tensor, context: int) -> None:
@@ -83,21 +86,23 @@ def _gate(runner: Runner, exits: BoundaryExits, number: int, hidden: torch.Tenso
     states, size = unit_rms(hidden), len(hidden)
     rows = Candidates(number, states, np.full(size, 2.0), ["router"] * size, [(0, 0)] * size)
     exits.policy.decide(rows)
-    _launch_of(runner, size, context)
+    flow = _launch_of(runner, size, context)
+    if runner.graphs is None:
+        flow.start()
 
 
-def _exit(exits: BoundaryExits, number: int, hidden: torch.Tensor, rows: RowBatch, calls: list[LayerCall]) -> None:
+def _exit(exits: BoundaryExits, number: int, hidden: torch.Tensor, flow: Flow) -> None:
     index = torch.arange(len(hidden), device=hidden.device)
     states = unit_rms(hidden)
     exits.boundaries[number].head(states)
     if exits.kv_policy == "fitted":
-        exits.fill.fitted(number, states, rows, index, calls)
+        exits.fill.fitted(number, states, flow.rows, index, flow.calls)
     elif exits.kv_policy == "copy":
-        exits.fill.copied(number, hidden, rows, index)
+        exits.fill.copied(number, hidden, flow.rows, index)
 
 
 def _head(runner: Runner, hidden: torch.Tensor) -> None:
-    runner.adapter.head(runner.adapter.final_norm(hidden)).argmax(-1)
+    runner.adapter.head(runner.adapter.final_norm(hidden[None])).argmax(-1)
 
 
 def _medians(runner: Runner, turns: Sequence[Callable[[], object]]) -> list[float]:

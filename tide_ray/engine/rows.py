@@ -24,6 +24,7 @@ from tide_kernels.decoder_layer import Places
 from tide_kernels.paged_attention import paged_decode_attention, paged_extend_attention, unfit_heads
 from tide_kernels.paged_attention_cpu import cpu_kernel_takes
 from tide_ray.engine.kv_cache import KVCache
+from tide_ray.engine.transfers import upload
 from tide_ray.models.row_cache import RowCache, attention_scale
 
 MAX_TOKENS_BY_ROW = 2048
@@ -90,8 +91,8 @@ class RowBatch:
     write_offsets: Tensor
     pages: Tensor
     lengths: Tensor
-    num_decode: int
-    chunks: list[Chunk]
+    num_decode: int = field(kw_only=True)
+    chunks: list[Chunk] = field(kw_only=True)
 
     @property
     def num_rows(self) -> int:
@@ -101,19 +102,15 @@ class RowBatch:
     def num_by_row(self) -> int:
         return self.lengths.shape[0]
 
-    def select(self, index: Tensor) -> RowBatch:
-        """Rows ``index`` (long ``[n]``, rising) of a launch without chunks, whose rows belong together."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is known of the rows, by row."""
+        return [self.token_ids, self.positions, self.write_pages, self.write_offsets, self.pages, self.lengths]
+
+    def select(self, index: Tensor, *, num_decode: int) -> RowBatch:
+        """Rows ``index`` (long ``[n]``, rising) of a launch without chunks; ``num_decode`` of them decode."""
         assert not self.chunks, "chunks have rows that belong together"
-        return RowBatch(
-            token_ids=gather_rows(self.token_ids, index),
-            positions=gather_rows(self.positions, index),
-            write_pages=gather_rows(self.write_pages, index),
-            write_offsets=gather_rows(self.write_offsets, index),
-            pages=gather_rows(self.pages, index),
-            lengths=gather_rows(self.lengths, index),
-            num_decode=int((index < self.num_decode).sum()),
-            chunks=[],
-        )
+        return RowBatch(*(gather_rows(tensor, index) for tensor in self.tensors), num_decode=num_decode, chunks=[])
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +142,7 @@ def attends_by_row(device: torch.device, dtype: torch.dtype) -> bool:
 
 def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device, *, by_row: bool = False) -> RowBatch:
     """Pack spans into rows; decode spans must come first. ``by_row``: see ``attends_by_row``."""
-    token_ids = [token for span in spans for token in span.token_ids]
+    token_ids = np.array([token for span in spans for token in span.token_ids], dtype=np.int64)
     positions = np.concatenate([span.positions for span in spans])
     write_pages = np.concatenate([span.pages[span.positions // page_size] for span in spans])
     num_decode = sum(span.is_decode for span in spans)
@@ -159,37 +156,45 @@ def build_rows(spans: Sequence[RowSpan], page_size: int, device: torch.device, *
     for row, span in zip(table, one_by_one, strict=True):
         used = min(width, len(span.pages))
         row[:used] = span.pages[:used]
-
-    def to_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return RowBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
-        positions=to_device(positions),
-        write_pages=to_device(write_pages.astype(np.int64)),
-        write_offsets=to_device(positions % page_size),
-        pages=to_device(np.repeat(table, counts, axis=0)),
-        lengths=to_device(lengths),
-        num_decode=num_decode,
-        chunks=[] if by_row else _chunks(spans[num_decode:], num_decode, page_size, device),
-    )
+    table = np.repeat(table, counts, axis=0)
+    pieces = [] if by_row else _pieces(spans[num_decode:], num_decode)
+    arrays = [token_ids, positions, write_pages.astype(np.int64), positions % page_size, table, lengths]
+    for piece in pieces:
+        pages = piece.span.pages[: -(-piece.length // page_size)]
+        arrays += [piece.span.positions, pages.astype(np.int64)]
+    tensors = upload(arrays, device)
+    chunks = [
+        Chunk(piece.start, piece.stop, of_rows, piece.length, piece.is_whole, pages, piece.count)
+        for piece, of_rows, pages in zip(pieces, tensors[6::2], tensors[7::2], strict=True)
+    ]
+    return RowBatch(*tensors[:6], num_decode=num_decode, chunks=chunks)
 
 
-def _chunks(spans: Sequence[RowSpan], start: int, page_size: int, device: torch.device) -> list[Chunk]:
+@dataclass(slots=True)
+class _Piece:
+    """A chunk to be; ``span`` is that of its first sequence."""
+
+    start: int
+    stop: int
+    span: RowSpan
+    length: int
+    is_whole: bool
+    count: int = 1
+
+
+def _pieces(spans: Sequence[RowSpan], start: int) -> list[_Piece]:
     """The chunks of spans whose rows begin at row ``start``."""
-    chunks: list[Chunk] = []
+    pieces: list[_Piece] = []
     for span in spans:
         stop = start + len(span.token_ids)
         length = int(span.positions[-1]) + 1
         is_whole = length == stop - start
-        if is_whole and chunks and chunks[-1].is_whole and chunks[-1].length == length:
-            chunks[-1].stop, chunks[-1].count = stop, chunks[-1].count + 1
+        if is_whole and pieces and pieces[-1].is_whole and pieces[-1].length == length:
+            pieces[-1].stop, pieces[-1].count = stop, pieces[-1].count + 1
         else:
-            positions = torch.from_numpy(span.positions).to(device)
-            pages = torch.from_numpy(span.pages[: -(-length // page_size)].astype(np.int64)).to(device)
-            chunks.append(Chunk(start, stop, positions, length, is_whole, pages))
+            pieces.append(_Piece(start, stop, span, length, is_whole))
         start = stop
-    return chunks
+    return pieces
 
 
 class LaunchCache(RowCache):
@@ -200,6 +205,10 @@ class LaunchCache(RowCache):
         self._pools = pools
         self._rows = rows
         self._layer = -1
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

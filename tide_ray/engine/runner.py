@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tide_ray.engine.boundaries import Arrivals, BoundaryExits, Flow, Leaving
+from tide_ray.engine.boundaries import BoundaryExits
+from tide_ray.engine.flow import Arrivals, Flow, Leaving
+from tide_ray.engine.graphs import StageGraphs
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.lanes import FOLLOWS, Lane, row_starts, scheduled_lane, waiting_lane, with_pending
 from tide_ray.engine.planner import LaunchPlanner
@@ -26,6 +29,7 @@ from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.engine.scheduler import ScheduledSpan
 from tide_ray.engine.sequence import PendingState, Sequence
 from tide_ray.engine.stages import Stage
+from tide_ray.engine.transfers import upload, upload_one
 from tide_ray.models.adapter import Adapter
 from tide_ray.types import EngineStats, Logprob
 
@@ -49,6 +53,7 @@ class Runner:
         waiting: the residents whose newest token waits for a stage.
         max_residents: slots of waiting states.
         prefill_tail: last tokens of a prompt that always run every layer.
+        graphs: of launches that only decode, where there are graphs.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Runner:
         waiting: Callable[[int], list[Sequence]],
         max_residents: int,
         prefill_tail: int = 1,
+        graphs: StageGraphs | None = None,
     ) -> None:
         self.adapter = adapter
         self.stages = stages
@@ -69,6 +75,7 @@ class Runner:
         self.sampler = Sampler()
         self.exits: BoundaryExits | None = None
         self.planner: LaunchPlanner | None = None
+        self.graphs = graphs
         self._waiting = waiting
         self._by_row = attends_by_row(adapter.device, adapter.dtype)
         self._prefill_tail = prefill_tail
@@ -80,7 +87,7 @@ class Runner:
         """One step: stage 0 over the spans' rows, deeper stages over what is ready for them; the tokens now chosen."""
         lanes = [scheduled_lane(span, self.adapter.num_layers, self._prefill_tail) for span in spans]
         is_on, probes = self._plan(lanes)
-        arrived: Arrivals | None = self._prepared(lanes) if lanes else None
+        arrived: Flow | Arrivals | None = self._prepared(lanes) if lanes else None
         leaving: list[Leaving] = []
         for index in range(len(self.stages)):
             flow = self._enter(index, arrived, must_launch=not spans)
@@ -105,9 +112,11 @@ class Runner:
         return plan.is_on, self.planner.probes
 
     def _launch(self, index: int, flow: Flow) -> None:
-        stage, packed = self.stages[index], flow.hidden[None]
+        stage = self.stages[index]
         start = time.perf_counter()
-        flow.hidden = stage.run(self.adapter, packed, flow.calls, flow.cache, self.stats.rows_through_layer)[0]
+        self.run_stage(index, flow)
+        for layer in stage.layers:
+            self.stats.rows_through_layer[layer] += flow.rows.num_rows
         # On a GPU the work has only been queued by now, and waiting for it would cost more than the knowledge is worth.
         is_decode = flow.rows.num_decode == flow.rows.num_rows
         if self.planner is not None and is_decode and self.adapter.device.type == "cpu":
@@ -117,9 +126,14 @@ class Runner:
         if num_deferred:
             self.stats.deferred_rows[stage.name] = self.stats.deferred_rows.get(stage.name, 0) + num_deferred
 
+    def run_stage(self, index: int, flow: Flow) -> None:
+        """Take the rows of a launch through the layers of stage ``index``."""
+        if self.graphs is None or not self.graphs.run(index, flow):
+            flow.hidden = self.stages[index].run(self.adapter, flow.hidden[None], flow.calls, flow.cache)[0]
+
     def _at_boundary(
         self, index: int, flow: Flow, *, is_on: bool, probes: bool
-    ) -> tuple[Arrivals | None, Leaving | None]:
+    ) -> tuple[Flow | Arrivals | None, Leaving | None]:
         if self.exits is None or self.planner is None:
             return flow, None
         if probes and not is_on:
@@ -128,7 +142,7 @@ class Runner:
         self.planner.observe(index, *self.exits.take_observed(index))
         return goes_on, leaving
 
-    def _enter(self, index: int, arrived: Arrivals | None, *, must_launch: bool) -> Flow | None:
+    def _enter(self, index: int, arrived: Flow | Arrivals | None, *, must_launch: bool) -> Flow | None:
         """The next launch of stage ``index``, or None while its rows wait (or there are none)."""
         if index == 0 or self.planner is None:
             assert arrived is None or isinstance(arrived, Flow), "nothing leaves a launch without exits"
@@ -150,12 +164,12 @@ class Runner:
         merged = self._merged(index, arrived, waiting)
         return self._prepared(merged.lanes, merged.hidden)
 
-    def _hold(self, index: int, flow: Arrivals) -> None:
+    def _hold(self, index: int, flow: Flow | Arrivals) -> None:
         """Keep every lane's states until stage ``index`` is launched."""
         starts = row_starts(flow.lanes)
-        last = torch.from_numpy(starts[1:] - 1).to(flow.hidden.device)
-        slots = torch.tensor([lane.sequence.slot for lane in flow.lanes], device=flow.hidden.device)
-        self._states[index - 1, slots] = flow.hidden[last]
+        slots = np.array([lane.sequence.slot for lane in flow.lanes])
+        last, slots_there = upload([starts[1:] - 1, slots], flow.hidden.device)
+        self._states[index - 1, slots_there] = flow.hidden[last]
         for lane, start in zip(flow.lanes, starts, strict=False):
             lane.sequence.stage = index
             lane.sequence.waiting_score = lane.score
@@ -163,7 +177,7 @@ class Runner:
                 state = flow.hidden[start + row].clone()
                 lane.sequence.pending.append(PendingState(index, int(lane.span.positions[row]), state))
 
-    def _merged(self, index: int, flow: Arrivals | None, waiting: Seq[Sequence]) -> Arrivals:
+    def _merged(self, index: int, flow: Flow | Arrivals | None, waiting: Seq[Sequence]) -> Arrivals:
         """The flow's rows, those of waiting sequences, and the positions that these drag along."""
         sources: list[Tensor] = [] if flow is None else [flow.hidden]
         num_rows = 0 if flow is None else len(flow.hidden)
@@ -172,7 +186,7 @@ class Runner:
             starts = row_starts(flow.lanes)
             entries += [(lane, np.arange(starts[n], starts[n + 1])) for n, lane in enumerate(flow.lanes)]
         if waiting:
-            slots = torch.tensor([sequence.slot for sequence in waiting], device=self._states.device)
+            slots = upload_one(np.array([sequence.slot for sequence in waiting]), self._states.device)
             sources.append(self._states[index - 1, slots])
             entries += [(waiting_lane(sequence), np.array([num_rows + n])) for n, sequence in enumerate(waiting)]
             num_rows += len(waiting)
@@ -188,7 +202,7 @@ class Runner:
                 sources.append(torch.stack([p.state for p in pending]))
                 num_rows += len(pending)
         entries.sort(key=lambda entry: not entry[0].span.is_decode)  # decode lanes first, else as they were
-        order = torch.from_numpy(np.concatenate([rows for _, rows in entries])).to(self._states.device)
+        order = upload_one(np.concatenate([rows for _, rows in entries]), self._states.device)
         return Arrivals([lane for lane, _ in entries], torch.cat(sources)[order])
 
     def _prepared(self, lanes: list[Lane], hidden: Tensor | None = None) -> Flow:
@@ -196,8 +210,7 @@ class Runner:
         spans = [lane.span for lane in lanes]
         rows = build_rows(spans, self.pools.page_size, self.adapter.device, by_row=self._by_row)
         cache = LaunchCache(self.pools, rows)
-        embedded, calls = self.adapter.prologue(rows.token_ids, rows.positions, cache)
-        return Flow(lanes, embedded[0] if hidden is None else hidden, rows, cache, calls)
+        return Flow(lanes, rows, cache, partial(self.adapter.prologue, rows.token_ids, rows.positions, cache), hidden)
 
     # ---- tokens ----
 
@@ -205,8 +218,10 @@ class Runner:
         numbers = [n for n, lane in enumerate(flow.lanes) if lane.samples]
         if not numbers:
             return []
-        last = torch.from_numpy(row_starts(flow.lanes)[1:][numbers] - 1).to(flow.hidden.device)
-        return [Leaving([flow.lanes[n] for n in numbers], flow.hidden[last], self.stages[-1].depth)]
+        last = row_starts(flow.lanes)[1:][numbers] - 1
+        is_all = len(last) == len(flow.hidden)
+        states = flow.hidden if is_all else flow.hidden[upload_one(last, flow.hidden.device)]
+        return [Leaving([flow.lanes[n] for n in numbers], states, self.stages[-1].depth)]
 
     def _choose(self, leaving: Seq[Leaving]) -> list[SampledToken]:
         if not leaving:

@@ -28,12 +28,8 @@ class Stage:
     layers: tuple[int, ...]
     depth: int
 
-    def run(
-        self, adapter: Adapter, hidden: Tensor, calls: list[LayerCall], cache: RowCache, rows_through_layer: list[int]
-    ) -> Tensor:
-        """Run the stage's layers on packed rows ``[1, N, D]`` and count the rows that each really ran."""
-        for layer in self.layers:
-            rows_through_layer[layer] += hidden.shape[1]
+    def run(self, adapter: Adapter, hidden: Tensor, calls: list[LayerCall], cache: RowCache) -> Tensor:
+        """Run the stage's layers on packed rows ``[1, N, D]``."""
         return adapter.run_layers(self.layers, hidden, calls, cache)
 
 
