@@ -67,15 +67,19 @@ def _compare(
     settings = engine_settings(workload, prompts, num_threads)
     engines = warm_engines(workload, settings, engine_seqs)
     ours = engine_contenders(OURS, engines, workload)
+    plain = []
+    if reference.device.type == "cuda":
+        in_turn = warm_engines(workload, {**settings, "cuda_graphs": "off", "async_scheduling": "off"}, engine_seqs)
+        plain = engine_contenders(f"{OURS}, no CUDA graphs, steps in turn", in_turn, workload)
     theirs = hf_contenders(reference, workload, prompts, hf_batch_sizes, with_continuous=with_hf_continuous)
-    take_turns([*ours, *theirs], rounds, num_threads)
+    take_turns([*ours, *plain, *theirs], rounds, num_threads)
     best_ours, best_hf = (max(group, key=lambda c: c.tokens_per_second) for group in (ours, theirs))
     base = best_hf.tokens_per_second
     best = engines[ours.index(best_ours)]
     facts = {
         **workload_facts(workload, reference, prompts),
         "hf_attention": reference.model.config._attn_implementation,
-        "contenders": [contender.facts(base) for contender in (*ours, *theirs)],
+        "contenders": [contender.facts(base) for contender in (*ours, *plain, *theirs)],
         "ratio": best_ours.facts(base)["ratio_to_best_hf"],
         "best": best_ours.batch_size,
         "best_hf": best_hf.name,

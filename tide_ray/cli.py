@@ -110,6 +110,7 @@ def generate(
     static_cost: Annotated[float | None, _flag("static_cost")] = None,
     compile: Annotated[str | None, _flag("compile")] = None,
     cuda_graphs: Annotated[str | None, _flag("cuda_graphs")] = None,
+    async_scheduling: Annotated[str | None, _flag("async_scheduling")] = None,
     num_threads: Annotated[int | None, _flag("num_threads")] = None,
     num_actors: Annotated[int | None, _flag("num_actors")] = None,
     num_gpus_per_actor: Annotated[float | None, _flag("num_gpus_per_actor")] = None,

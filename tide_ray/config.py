@@ -13,6 +13,7 @@ MEASURES = ("probability", "margin", "entropy")
 EXITS_WHEN = ("pays", "always")
 COMPILE = ("auto", "off")
 CUDA_GRAPHS = ("auto", "off")
+ASYNC_SCHEDULING = ("auto", "on", "off")
 DEFAULT_EXIT_ERROR = 0.02
 
 
@@ -57,6 +58,8 @@ class EngineConfig:
             their own code; ``off``: all layers run their own code.
         cuda_graphs: ``auto``: on a GPU whose kernels run, launches that only decode are replayed from CUDA graphs;
             ``off``: all launches are started kernel by kernel.
+        async_scheduling: ``auto``: on a GPU a step is queued before the tokens of the last one are read, where no exits
+            need an answer within the step; ``on``: on a CPU as well, where nothing is gained; ``off``.
         num_threads: CPU threads; None keeps torch's choice.
         seed: base of the seeds of sampled requests that bring none.
         selfcheck: compare with the model's own forward at load, and refuse a model that differs.
@@ -88,6 +91,7 @@ class EngineConfig:
     static_cost: float | None = None
     compile: str = "auto"
     cuda_graphs: str = "auto"
+    async_scheduling: str = "auto"
     num_threads: int | None = None
     seed: int = 0
     selfcheck: bool = True
@@ -100,6 +104,7 @@ class EngineConfig:
             ("exits_when", EXITS_WHEN),
             ("compile", COMPILE),
             ("cuda_graphs", CUDA_GRAPHS),
+            ("async_scheduling", ASYNC_SCHEDULING),
             ("confidence_measure", MEASURES),
         ):
             if getattr(self, name) not in known:

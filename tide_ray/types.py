@@ -201,7 +201,8 @@ class EngineStats:
     ``rows_through_layer[l]`` counts token rows that layer ``l`` really ran, ``num_cached_tokens`` prompt tokens that no
     layer ran for because their K/V came from the prefix cache, ``launches`` the launches of each stage,
     ``num_filled_rows`` rows whose K/V in skipped layers were filled, ``deferred_rows`` rows that a stage ran later for
-    their K/V alone, ``num_prefill_exits`` prompt rows that stopped at a boundary.
+    their K/V alone, ``num_prefill_exits`` prompt rows that stopped at a boundary, ``num_dropped_tokens`` tokens chosen
+    for sequences that had ended: steps may be queued before the tokens of the last one are read.
     """
 
     rows_through_layer: list[int]
@@ -216,6 +217,7 @@ class EngineStats:
     launches: dict[str, int] = field(default_factory=dict)
     num_filled_rows: int = 0
     num_prefill_exits: int = 0
+    num_dropped_tokens: int = 0
     deferred_rows: dict[str, int] = field(default_factory=dict)
 
     def reset(self) -> None:

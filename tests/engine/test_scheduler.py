@@ -35,13 +35,12 @@ def create_sequence(name: str, prompt_length: int, *, first_token: int | None = 
 
 def run(scheduler: Scheduler, spans: list[ScheduledSpan]) -> None:
     """What the engine does between two schedules: compute the rows, choose a token where one is due."""
-    scheduler.launch_ended()
-    for span in spans:
-        samples = span.samples
-        span.sequence.num_computed += span.count
-        if samples:
-            span.sequence.append(7, 1, None, 0)
-            scheduler.token_chosen(span.sequence)
+    choosing = [span.sequence for span in spans if span.samples]
+    scheduler.launched(spans, choosing)
+    for sequence in choosing:
+        sequence.num_ahead -= 1
+        sequence.append(7, 1, None, 0)
+        scheduler.token_chosen(sequence)
 
 
 def shape(spans: list[ScheduledSpan]) -> list[tuple[str, int, bool]]:
@@ -143,3 +142,93 @@ def test_removing_a_waiting_sequence_leaves_the_others() -> None:
     run(scheduler, scheduler.schedule())
     scheduler.remove(sequences[0])
     assert shape(scheduler.schedule()) == [("c", 2, False)]
+
+
+# ---- tokens that have not been read ----
+
+
+def launch(scheduler: Scheduler) -> list[ScheduledSpan]:
+    """Schedule and queue a launch whose tokens stay ahead."""
+    spans = scheduler.schedule()
+    scheduler.launched(spans, [span.sequence for span in spans if span.samples])
+    return spans
+
+
+def read(scheduler: Scheduler, sequence: Sequence) -> None:
+    sequence.num_ahead -= 1
+    sequence.append(7, 1, None, 0)
+    scheduler.token_chosen(sequence)
+
+
+def test_a_sequence_goes_on_from_a_token_that_is_ahead_unless_it_is_its_last() -> None:
+    scheduler = create_scheduler()
+    sequence = create_sequence("a", 3)
+    sequence.max_tokens = 2
+    scheduler.add(sequence)
+    assert shape(launch(scheduler)) == [("a", 3, False)]
+    assert (sequence.num_tokens, sequence.num_computed, sequence.is_ending) == (4, 3, False)
+    assert shape(launch(scheduler)) == [("a", 1, True)]
+    read(scheduler, sequence)
+    assert sequence.is_ending
+    assert launch(scheduler) == []
+    assert scheduler.residents == [sequence]
+
+
+def test_what_was_preempted_waits_until_its_tokens_are_known() -> None:
+    scheduler = create_scheduler(num_pages=4, page_size=4)
+    first, second = create_sequence("first", 7), create_sequence("second", 3)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert shape(launch(scheduler)) == [("first", 7, False), ("second", 3, False)]
+    assert shape(launch(scheduler)) == [("first", 1, True), ("second", 1, True)]
+    read(scheduler, first)
+    read(scheduler, second)
+    assert shape(launch(scheduler)) == [("first", 1, True)]
+    assert (second.num_computed, second.pages, second.num_ahead) == (0, [], 1)
+    scheduler.remove(first)
+    assert launch(scheduler) == [], "its pages are free, but not all of its tokens are known"
+    read(scheduler, second)
+    assert shape(launch(scheduler)) == [("second", 5, False)]
+
+
+def test_pages_of_a_sequence_that_is_ending_are_waited_for() -> None:
+    scheduler = create_scheduler(num_pages=3, page_size=4)
+    first, second = create_sequence("first", 4), create_sequence("second", 3)
+    first.max_tokens = 2
+    scheduler.add(first)
+    scheduler.add(second)
+    launch(scheduler)
+    assert shape(launch(scheduler)) == [("first", 1, True), ("second", 1, True)]
+    for sequence in (first, second):
+        read(scheduler, sequence)
+    assert launch(scheduler) == [], "second needs a page, and first has its last token ahead"
+    assert scheduler.num_preemptions == 0
+    read(scheduler, first)
+    scheduler.remove(first)
+    assert shape(launch(scheduler)) == [("second", 1, True)]
+
+
+def test_pages_of_an_answer_are_shared_once_their_tokens_are_known() -> None:
+    scheduler = create_scheduler(page_size=4)
+    sequence = create_sequence("a", 3)
+    scheduler.add(sequence)
+    launch(scheduler)
+    launch(scheduler)
+    assert sequence.num_computed == 4
+    assert not sequence.prefix
+    read(scheduler, sequence)
+    assert not sequence.prefix, "the page's last token has no depth yet"
+    launch(scheduler)
+    read(scheduler, sequence)
+    assert [node.tokens for node in sequence.prefix] == [(*sequence.prompt_ids, 7)]
+
+
+def test_after_a_failure_nothing_is_ahead_and_all_start_again() -> None:
+    scheduler = create_scheduler()
+    sequences = [create_sequence(name, 3) for name in "ab"]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    launch(scheduler)
+    scheduler.launch_failed(sequences)
+    assert shape(launch(scheduler)) == [("a", 3, False), ("b", 3, False)]
+    assert [sequence.num_ahead for sequence in sequences] == [1, 1]

@@ -133,6 +133,8 @@ def test_skip_layers_must_be_a_list_of_layer_numbers(value: Any) -> None:
         ({"exits": "r", "kv_policy": "zero"}, "kv_policy must be one of fitted, copy, deferred, full, got 'zero'"),
         ({"exits": "r", "exits_when": "never"}, "exits_when must be one of pays, always, got 'never'"),
         ({"compile": "on"}, "compile must be one of auto, off, got 'on'"),
+        ({"cuda_graphs": True}, "cuda_graphs must be one of auto, off, got True"),
+        ({"async_scheduling": "yes"}, "async_scheduling must be one of auto, on, off, got 'yes'"),
         ({"prefill_share": 0.5}, "prefill_share needs exits, a router checkpoint, got 0.5"),
         ({"exit_threshold": 0.5}, "exit_threshold needs exits, a router checkpoint, got 0.5"),
     ],

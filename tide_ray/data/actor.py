@@ -203,6 +203,7 @@ class Generator:
             "launches": dict(stats.launches),
             "num_filled_rows": stats.num_filled_rows,
             "num_prefill_exits": stats.num_prefill_exits,
+            "num_dropped_tokens": stats.num_dropped_tokens,
             "deferred_rows": dict(stats.deferred_rows),
         }
         memory = peak_memory(self._engine.model.device)

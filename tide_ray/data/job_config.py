@@ -24,7 +24,7 @@ ENGINE_FIELDS = (
     "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
     "policy", "exits", "exit_threshold", "exit_error", "exit_min_depth", "exits_when", "confidence_measure", "capacity",
     "kv_policy", "prefill_share", "prefill_tail", "exit_layer", "skip_layers", "static_cost", "compile", "cuda_graphs",
-    "num_threads", "prefix_caching",
+    "async_scheduling", "num_threads", "prefix_caching",
 )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ class GenerateJobConfig(BaseModel):
     static_cost: float | None = Field(default=None, description="static: share of layers to keep, in (0, 1]")
     compile: str = Field(default="auto", description="auto: known layers run as compiled kernels; off")
     cuda_graphs: str = Field(default="auto", description="auto: on a GPU decoding is replayed from CUDA graphs; off")
+    async_scheduling: str = Field(default="auto", description="auto: on a GPU steps are queued ahead; on; off")
     num_threads: int | None = Field(default=None, description="CPU threads per actor")
 
     num_actors: int = Field(default=1, ge=1, description="engines, one Ray actor each")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from tide_ray.engine.runner import SampledToken
-from tide_ray.engine.scheduler import ScheduledSpan, Scheduler
+from tide_ray.engine.launch import SampledToken
+from tide_ray.engine.scheduler import Scheduler
 from tide_ray.engine.sequence import Sequence
 from tide_ray.types import EngineStats
 
@@ -19,17 +19,19 @@ class Committer:
         self.stats = stats
         self.clock = clock
 
-    def commit(self, spans: Seq[ScheduledSpan], sampled: Seq[SampledToken]) -> list[Sequence]:
-        """Note computed rows and chosen tokens; returns the sequences that this finished."""
+    def commit(self, sampled: Seq[SampledToken]) -> list[Sequence]:
+        """Note the tokens of a launch; returns the sequences that this finished.
+
+        A sequence may have ended since the launch was queued; its token is dropped.
+        """
         time_us = self.clock()
-        self.scheduler.launch_ended()
-        for span in spans:
-            if not span.is_decode:  # a row that decodes counts once its token is chosen, which may be steps later
-                span.sequence.num_computed += span.count - bool(span.sequence.stage)
-        finished = []
+        finished: list[Sequence] = []
         for token in sampled:
             sequence = token.sequence
-            sequence.num_computed = sequence.num_tokens
+            sequence.num_ahead -= 1
+            if sequence.is_finished:
+                self.stats.num_dropped_tokens += 1
+                continue
             sequence.append(token.token_id, token.depth, token.logprobs, time_us, token.score)
             self.scheduler.token_chosen(sequence)
             self.stats.num_generated_tokens += 1

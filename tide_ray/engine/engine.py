@@ -7,6 +7,7 @@ callers with their own loop. Not thread-safe: one thread drives an engine (see `
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, cast
@@ -18,9 +19,10 @@ from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
+from tide_ray.engine.launch import Launch
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.prefix_cache import PrefixCache
-from tide_ray.engine.preparation import memory_and_graphs, position_limit, prepared
+from tide_ray.engine.preparation import memory_and_graphs, position_limit, prepared, runs_ahead
 from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
@@ -93,6 +95,8 @@ class TideEngine:
             if routers is not None:
                 install_exits(config, routers, self.runner, self.max_num_seqs)
         self.committer = Committer(self.scheduler, self.stats, now_us)
+        self.runs_ahead = runs_ahead(config, self.runner)
+        self._in_flight: deque[Launch] = deque()  # queued and not read, oldest first
         self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
         self._requests: dict[str, Request] = {}
         self._finished: dict[str, RequestOutput] = {}  # not yet returned
@@ -218,7 +222,8 @@ class TideEngine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run and commit one launch; returns the requests that finished (or were rejected).
 
-        Requests of a ``generate`` or ``stream`` that runs meanwhile advance too, and are left for it.
+        Where launches are queued ahead, the one before is committed. Requests of a ``generate`` or ``stream`` that
+        runs meanwhile advance too, and are left for it.
         """
         self._advance()
         return [
@@ -226,10 +231,25 @@ class TideEngine:
         ]
 
     def _advance(self) -> None:
-        spans = self.scheduler.schedule()
-        if not spans and not self.scheduler.residents:
-            return
-        for sequence in self.committer.commit(spans, self.runner.run(spans)):
+        """Queue a step, then take in the one before, or, where steps do not run ahead, the same."""
+        try:
+            spans = self.scheduler.schedule()
+            launch = None
+            if spans or any(sequence.stage for sequence in self.scheduler.residents):
+                launch = self.runner.run(spans, self._in_flight[-1] if self._in_flight else None)
+                self._in_flight.append(launch)
+            self.scheduler.launched(spans, launch.sequences if launch is not None else ())
+            runs_ahead = self.runs_ahead and launch is not None and launch.may_be_read_later
+            while len(self._in_flight) > (runs_ahead and bool(self._requests)):
+                self._finish(self.committer.commit(self._in_flight[0].read()))
+                self._in_flight.popleft()
+        except BaseException:
+            self.scheduler.launch_failed([sequence for launch in self._in_flight for sequence in launch.sequences])
+            self._in_flight.clear()
+            raise
+
+    def _finish(self, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
             request = self._requests.get(sequence.request_id)
             if request is not None and request.is_finished:  # several of its sequences may end in one launch
                 self._finished[request.request_id] = to_output(request, self.tokenizer)
@@ -252,6 +272,7 @@ class TideEngine:
             ],
             "num_layers": self.num_layers,
             "num_fused_layers": len(self.runner.adapter.fused_layers),
+            "async_scheduling": self.runs_ahead,
             "cuda_graphs": None if self.runner.graphs is None else self.runner.graphs.num_captured,
             "max_num_seqs": self.max_num_seqs,
             "max_model_len": self.max_model_len,

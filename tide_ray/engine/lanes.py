@@ -61,7 +61,9 @@ def scheduled_lane(span: ScheduledSpan, num_layers: int, prefill_tail: int) -> L
     as well.
     """
     sequence, start = span.sequence, span.sequence.num_computed
-    rows = RowSpan.run(sequence.tokens(start, span.count), start, sequence.page_array(), is_decode=span.is_decode)
+    known = sequence.tokens(start, span.count)
+    tokens = known + [0] * (span.count - len(known))  # the runner knows where the token ahead is
+    rows = RowSpan.run(tokens, start, sequence.page_array(), is_decode=span.is_decode)
     if span.is_decode:
         return Lane(sequence, rows, np.array([ASKED], dtype=np.int32), samples=True)
     fates = np.full(span.count, PREFILL if sequence.exit_rules.prompt_exits else num_layers, dtype=np.int32)

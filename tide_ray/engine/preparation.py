@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ from tide_ray.config import EngineConfig
 from tide_ray.engine.graphs import StageGraphs, capture_for
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.memory import MemoryPlan
+from tide_ray.engine.runner import Runner
 from tide_ray.engine.stages import Stage
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_norm import fuse_norms
 from tide_ray.models.layer_fusion import fuse_layers, kernels_cover, use_decode_kernel
 from tide_ray.models.load import LoadedModel
 from tide_ray.models.packed_linear import can_pack, pack_linears
+
+logger = logging.getLogger(__name__)
 
 UNLIMITED_POSITIONS = 2**20
 
@@ -62,6 +66,19 @@ def memory_and_graphs(
         max_model_len=plan.max_model_len,
     )
     return pools, graphs
+
+
+def runs_ahead(config: EngineConfig, runner: Runner) -> bool:
+    """Whether a step is queued before the tokens of the last one are read.
+
+    With exits it never is: who stops at a boundary is asked within the step.
+    """
+    if config.async_scheduling == "on" and runner.exits is not None:
+        logger.warning("async_scheduling: steps of an engine with exits wait for each other")
+    is_wanted = config.async_scheduling == "on" or (
+        config.async_scheduling == "auto" and runner.adapter.device.type != "cpu"
+    )
+    return is_wanted and runner.exits is None
 
 
 def position_limit(config: Any) -> int:

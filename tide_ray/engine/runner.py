@@ -7,42 +7,31 @@ per step, over everything whose token is due.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tide_kernels.compact import gather_rows
 from tide_ray.engine.boundaries import BoundaryExits
 from tide_ray.engine.flow import Arrivals, Flow, Leaving
 from tide_ray.engine.graphs import StageGraphs
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.lanes import FOLLOWS, Lane, row_starts, scheduled_lane, waiting_lane, with_pending
+from tide_ray.engine.launch import Launch
 from tide_ray.engine.planner import LaunchPlanner
-from tide_ray.engine.rows import LaunchCache, attends_by_row, build_rows
+from tide_ray.engine.rows import LaunchCache, RowBatch, attends_by_row, build_rows
 from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.engine.scheduler import ScheduledSpan
 from tide_ray.engine.sequence import PendingState, Sequence
 from tide_ray.engine.stages import Stage
 from tide_ray.engine.transfers import upload, upload_one
 from tide_ray.models.adapter import Adapter
-from tide_ray.types import EngineStats, Logprob
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A token chosen for one sequence, the depth its state left the layers at, and the last gate's score."""
-
-    sequence: Sequence
-    token_id: int
-    depth: int
-    logprobs: dict[int, Logprob] | None
-    score: float = math.nan
+from tide_ray.types import EngineStats
 
 
 class Runner:
@@ -83,11 +72,15 @@ class Runner:
         self._states = torch.zeros(size, dtype=adapter.dtype, device=adapter.device)
 
     @torch.inference_mode()
-    def run(self, spans: Seq[ScheduledSpan]) -> list[SampledToken]:
-        """One step: stage 0 over the spans' rows, deeper stages over what is ready for them; the tokens now chosen."""
+    def run(self, spans: Seq[ScheduledSpan], ahead: Launch | None = None) -> Launch:
+        """One step: stage 0 over the spans' rows, deeper stages over what is ready for them; the tokens now chosen.
+
+        On a GPU all of it is only queued. ``ahead``: the step before, where its tokens have not been read; sequences
+        go on from them.
+        """
         lanes = [scheduled_lane(span, self.adapter.num_layers, self._prefill_tail) for span in spans]
         is_on, probes = self._plan(lanes)
-        arrived: Flow | Arrivals | None = self._prepared(lanes) if lanes else None
+        arrived: Flow | Arrivals | None = self._prepared(lanes, ahead=ahead) if lanes else None
         leaving: list[Leaving] = []
         for index in range(len(self.stages)):
             flow = self._enter(index, arrived, must_launch=not spans)
@@ -205,10 +198,12 @@ class Runner:
         order = upload_one(np.concatenate([rows for _, rows in entries]), self._states.device)
         return Arrivals([lane for lane, _ in entries], torch.cat(sources)[order])
 
-    def _prepared(self, lanes: list[Lane], hidden: Tensor | None = None) -> Flow:
+    def _prepared(self, lanes: list[Lane], hidden: Tensor | None = None, *, ahead: Launch | None = None) -> Flow:
         """A launch of these rows: their states, or else the model's embeddings, and its call for each layer."""
         spans = [lane.span for lane in lanes]
         rows = build_rows(spans, self.pools.page_size, self.adapter.device, by_row=self._by_row)
+        if ahead is not None:
+            _take_tokens(rows, lanes, ahead)
         cache = LaunchCache(self.pools, rows)
         return Flow(lanes, rows, cache, partial(self.adapter.prologue, rows.token_ids, rows.positions, cache), hidden)
 
@@ -223,22 +218,29 @@ class Runner:
         states = flow.hidden if is_all else flow.hidden[upload_one(last, flow.hidden.device)]
         return [Leaving([flow.lanes[n] for n in numbers], states, self.stages[-1].depth)]
 
-    def _choose(self, leaving: Seq[Leaving]) -> list[SampledToken]:
+    def _choose(self, leaving: Seq[Leaving]) -> Launch:
         if not leaving:
-            return []
+            return Launch([], [], None)
         states = torch.cat([left.states for left in leaving])
-        lanes = [(lane, left.depth) for left in leaving for lane in left.lanes]
+        lanes = [lane for left in leaving for lane in left.lanes]
+        depths = [left.depth for left in leaving for _ in left.lanes]
         logits = self.adapter.head(self.adapter.final_norm(states[None]))
-        sampled = self.sampler.sample(logits, [sampling_row(lane.sequence) for lane, _ in lanes])
-        return [
-            SampledToken(lane.sequence, token_id, depth, logprobs, lane.score)
-            for (lane, depth), token_id, logprobs in zip(lanes, sampled.token_ids, sampled.logprobs, strict=True)
-        ]
+        return Launch(lanes, depths, self.sampler.choose(logits, [sampling_row(lane.sequence) for lane in lanes]))
+
+
+def _take_tokens(rows: RowBatch, lanes: Seq[Lane], ahead: Launch) -> None:
+    """Put tokens that the host does not know yet in their rows. Each is a decode lane's, whose row has its number."""
+    numbers = [n for n, lane in enumerate(lanes) if lane.sequence.num_ahead]
+    if numbers:
+        sources = np.arange(rows.num_rows)
+        sources[numbers] = rows.num_rows + np.array([ahead.place(lanes[n].sequence) for n in numbers])
+        both = torch.cat((rows.token_ids, ahead.tokens))
+        rows.token_ids = gather_rows(both, upload_one(sources, both.device))
 
 
 def sampling_row(sequence: Sequence) -> SamplingRow:
     """What the sampler must know to choose the sequence's next token."""
-    position = len(sequence.output_ids)
+    position = len(sequence.output_ids) + sequence.num_ahead
     params = sequence.params
     needs_history = params.repetition_penalty != 1.0
     return SamplingRow(

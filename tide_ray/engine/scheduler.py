@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from tide_ray.engine.prefix_cache import PrefixCache
@@ -99,15 +100,33 @@ class Scheduler:
             budget -= prefill[-1].count
         return decode + prefill
 
-    def launch_ended(self) -> None:
-        """The launch of the last ``schedule`` has run. Without this the next ``schedule`` takes it to have failed."""
+    def launched(self, spans: Seq[ScheduledSpan], choosing: Seq[Sequence]) -> None:
+        """What the last ``schedule`` returned has been queued, and with it a token for each sequence of ``choosing``.
+
+        Its rows count as computed from now on: whatever is queued later finds them so. Without this the next
+        ``schedule`` takes the launch to have failed.
+        """
         self._is_launched = False
         self.pool.launch_ended()
+        for span in spans:
+            if not span.is_decode:  # a row that decodes counts once its token is chosen, which may be steps later
+                span.sequence.num_computed += span.count - bool(span.sequence.stage)
+        for sequence in choosing:
+            sequence.num_computed = sequence.num_tokens
+            sequence.num_ahead += 1
+
+    def launch_failed(self, choosing: Seq[Sequence]) -> None:
+        """Something went wrong since the last ``schedule``: tokens ahead are lost, and all residents start again."""
+        self._is_launched = True
+        for sequence in choosing:
+            sequence.num_ahead = 0
 
     def token_chosen(self, sequence: Sequence) -> None:
         """Its newest token was noted, and all before it are computed: a page of the answer may have become full."""
-        if sequence.num_computed % self.pool.page_size == 0:
-            self._share(sequence, sequence.num_computed, is_computed=True)
+        num_computed = len(sequence.prompt_ids) + len(sequence.output_ids) - 1
+        is_resident = sequence.num_computed >= num_computed  # it may have been preempted since the token was chosen
+        if is_resident and num_computed % self.pool.page_size == 0:
+            self._share(sequence, num_computed, is_computed=True)
 
     def waiting_for_stage(self, stage: int) -> list[Sequence]:
         """Residents whose newest token has run every stage before ``stage`` and waits for it."""
@@ -116,10 +135,13 @@ class Scheduler:
     def _schedule_decode(self) -> list[ScheduledSpan]:
         """Every decoding resident up to ``max_rows``, each with a page for its new token."""
         spans: list[ScheduledSpan] = []
-        for sequence in [s for s in self.residents if s.is_decoding and not s.stage][: self.max_rows]:
+        ready = [s for s in self.residents if s.is_decoding and not s.stage and not s.is_ending]
+        for sequence in ready[: self.max_rows]:
             if sequence not in self.residents:  # preempted by one before it
                 continue
             while not self._grow(sequence):
+                if any(s.is_ending for s in self.residents):  # its pages come free once its last token is read
+                    break
                 victim = self.residents[-1]
                 self._preempt(victim)
                 spans = [span for span in spans if span.sequence is not victim]
@@ -171,6 +193,8 @@ class Scheduler:
         if not self.waiting or len(self.residents) >= self.max_residents:
             return None
         sequence = self.waiting[0]
+        if sequence.num_ahead:  # preempted, and not all of its tokens are known
+            return None
         reserve = len(self.residents)
         found = self.pool.find(sequence.kv_tag, sequence.prompt_ids, self._most_cached(sequence))
         # Pages that residents hold are had for nothing; idle ones count as free until they are held.

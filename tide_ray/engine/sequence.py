@@ -48,7 +48,8 @@ class Sequence:
     """State of one continuation (completion ``index`` of a request).
 
     ``num_computed`` counts tokens whose K/V are in the pages. All tokens but the newest are computed while decoding;
-    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled. ``prefix`` are its first
+    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled. ``num_ahead`` counts tokens
+    that follow the known ones: launches choose them that have not been read yet. ``prefix`` are its first
     pages as others may share them, full and never written again; ``num_cached_tokens`` counts prompt tokens whose pages
     were there when it was first admitted.
     """
@@ -69,6 +70,7 @@ class Sequence:
     gate_scores: list[float] = field(default_factory=list)
     exit_rules: ExitRules = NO_EXITS
     num_computed: int = 0
+    num_ahead: int = 0
     slot: int = -1  # its row in the buffers of waiting states while it is resident
     stage: int = 0  # the stage that its newest token is ready for
     waiting_score: float = math.nan  # of the gate it passed last, while it waits for ``stage``
@@ -83,7 +85,8 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        """Of prompt and answer, those ahead included."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_ahead
 
     @property
     def num_uncomputed(self) -> int:
@@ -92,14 +95,19 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Only its newest token is still to be run, and that token is its own."""
-        return self.num_uncomputed == 1 and bool(self.output_ids)
+        return self.num_uncomputed == 1 and bool(self.output_ids or self.num_ahead)
+
+    @property
+    def is_ending(self) -> bool:
+        """The last token that it may have is ahead."""
+        return bool(self.num_ahead) and len(self.output_ids) + self.num_ahead >= self.max_tokens
 
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Tokens at positions ``start`` to ``start + count``, over prompt and answer."""
+        """Tokens at positions ``start`` to ``start + count``, over prompt and answer, as far as they are known."""
         prompt_length = len(self.prompt_ids)
         if start >= prompt_length:
             return self.output_ids[start - prompt_length : start - prompt_length + count]
