@@ -51,7 +51,8 @@ def run_quality(
     limit = max(map(len, prompts)) + workload.max_tokens
     config = EngineConfig(max_num_seqs=64, max_model_len=limit, kv_memory_fraction=0.2, prefix_caching=False)
     engine = TideEngine(loaded, config)
-    examples = sorted(answered(engine, prompts, workload.max_tokens), key=lambda example: len(example.token_ids))
+    examples = [example for _, example in answered(engine, prompts, workload.max_tokens)]
+    examples.sort(key=lambda example: len(example.token_ids))
     engine.runner.pools.release()
     bench = _Bench(engine.runner.adapter, examples, tail)
     boundaries = [b.ready(engine.runner.adapter.device, engine.runner.adapter.dtype) for b in routers.boundaries]

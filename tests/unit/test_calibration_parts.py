@@ -113,7 +113,7 @@ def test_a_reservoir_keeps_rows_of_a_long_stream_with_equal_chance_and_together(
         reservoir = Reservoir(10, seed)
         for start in range(0, 100, 7):
             rows = torch.arange(start, min(start + 7, 100))
-            reservoir.add(number=rows, double=2 * rows)
+            reservoir.add(rows.numpy(), number=rows, double=2 * rows)
         kept = reservoir.take("number")
         assert len(kept.unique()) == 10
         assert torch.equal(reservoir.take("double"), 2 * kept)
@@ -204,7 +204,7 @@ def screen_case(sure: dict[int, list[int]]) -> tuple[dict[int, ExitHead], Reserv
     states = {f"state_{depth}": knows_nothing.clone() for depth in sure}
     for depth, tokens in sure.items():
         states[f"state_{depth}"][tokens] = 20.0 * torch.eye(10)[tokens]
-    held.add(final=20.0 * torch.eye(10), **states)
+    held.add(np.arange(10), final=20.0 * torch.eye(10), **states)
     heads = {depth: ExitHead(10) for depth in sure}
     for head in heads.values():
         with torch.no_grad():

@@ -7,7 +7,7 @@ Three passes over disjoint prompts: ``fit`` gives exit heads and KV heads from s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from tide_ray.calibrate.choice import (
     promising_sets,
 )
 from tide_ray.calibrate.config import CalibrationConfig
-from tide_ray.calibrate.corpus import Example, Splits, answered, leading, read_prompts, read_text, split
-from tide_ray.calibrate.fitting import Fitted, Fitter, Progress
+from tide_ray.calibrate.corpus import Example, Progress, Splits, answers, leading, split
+from tide_ray.calibrate.fitting import Fitted, Fitter
 from tide_ray.calibrate.gate_training import calibrate_scores, threshold_at, train_gate
 from tide_ray.calibrate.judge import Judge, Judged
 from tide_ray.calibrate.measures import ERROR_LEVELS, depth_metrics
+from tide_ray.calibrate.statistics import FitStatistics
 from tide_ray.calibrate.sureness import Sureness
 from tide_ray.calibrate.trace import Tracer
 from tide_ray.config import EngineConfig
@@ -50,6 +51,7 @@ MAX_JUDGED = {"gate": 16_384, "calibrate": 8192, "test": 6144}
 MAX_PROMPT = {"gate": 8192, "calibrate": 4096, "test": 0}
 """Prompt rows of each: prefill gates start from a good guess, and their figures are not part of the report."""
 _Choice = tuple[list[Boundary], dict[str, Any]]
+Collect = Callable[[Fitter, Sequence[Example]], FitStatistics]
 LABEL = "top-1 equals full depth's, here and at every later candidate"
 
 
@@ -73,13 +75,16 @@ class Calibration:
         self.progress = progress
         self.seconds: dict[str, float] = {}
 
-    def run(self, splits: Splits) -> tuple[list[Boundary], dict[str, Any]]:
+    def fitter(self) -> Fitter:
+        return Fitter(
+            self.adapter, self._tracer(), self.depths, self.config, self.progress, fits_kv=self.kinds is not None
+        )
+
+    def run(self, splits: Splits, collect: Collect) -> tuple[list[Boundary], dict[str, Any]]:
         """Boundaries ready to be saved, and metrics of every candidate."""
         with self._timed("fit"):
-            fitter = Fitter(
-                self.adapter, self._tracer(), self.depths, self.config, self.progress, fits_kv=self.kinds is not None
-            )
-            fitted = fitter.fit(leading(splits["fit"], MAX_FITTED))
+            fitter = self.fitter()
+            fitted = fitter.fit(collect(fitter, fitting_examples(splits)))
             self.depths = fitted.depths
             return_freed_memory()
         with self._timed("judge"):
@@ -230,22 +235,72 @@ def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _sha
     check_output_folder(Path(config.output))
     started = time.perf_counter()
     progress("loading the model", 0.0)
-    loaded = load_as(config.model, config)
-    engine = TideEngine(loaded, EngineConfig(num_threads=config.num_threads, prefix_caching=False))
-    adapter = engine.runner.adapter
-    depths = candidate_depths(adapter.num_layers, config.boundaries)
-    examples = _examples(config, engine, progress)
-    generated = time.perf_counter()
+    engine = open_engine(config)
+    examples = answers(config, engine, progress)
     # Whole sequences attend within their launch, so what generation left in the pages is not needed any more.
     engine.runner.pools.release()
     return_freed_memory()
+    before = {"generate": time.perf_counter() - started}
+    routers = make_routers(new_calibration(config, engine, progress), engine, examples, before)
+    routers.save(config.output)
+    return routers
+
+
+def open_engine(config: CalibrationConfig, **settings: Any) -> TideEngine:
+    """The engine of the model to calibrate; ``settings`` are further ones of ``EngineConfig``.
+
+    Raises:
+        UserError: the model cannot be run, or a boundary is not inside it.
+    """
+    loaded = load_as(config.model, config)
+    engine = TideEngine(loaded, EngineConfig(num_threads=config.num_threads, prefix_caching=False, **settings))
+    candidate_depths(engine.num_layers, config.boundaries)
+    return engine
+
+
+def new_calibration(config: CalibrationConfig, engine: TideEngine, progress: Progress) -> Calibration:
+    return Calibration(engine, config, candidate_depths(engine.num_layers, config.boundaries), progress)
+
+
+def fitting_examples(splits: Splits) -> list[Example]:
+    """Those that exit heads and KV heads are fitted on."""
+    return leading(splits["fit"], MAX_FITTED)
+
+
+def collect_all(fitter: Fitter, examples: Sequence[Example]) -> FitStatistics:
+    """The statistics of all ``examples``."""
+    statistics = fitter.new_statistics()
+    fitter.collect(statistics, examples, 0, len(examples))
+    return statistics
+
+
+def make_routers(
+    calibration: Calibration,
+    engine: TideEngine,
+    examples: Sequence[Example],
+    seconds_before: Mapping[str, float],
+    collect: Collect = collect_all,
+) -> Routers:
+    """Everything after the answers: routers with their facts, not yet saved.
+
+    Args:
+        examples: in an order that depends on the prompts alone.
+        seconds_before: what was spent before, by its name in the report.
+        collect: has the statistics of the examples that are fitted on.
+    """
+    started = time.perf_counter()
+    config, adapter = calibration.config, calibration.adapter
     splits = split(examples, config.seed)
-    calibration = Calibration(engine, config, depths, progress)
-    boundaries, metrics = calibration.run(splits)
-    metrics["seconds"] = {"generate": round(generated - started, 2), **metrics["seconds"]}
-    metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
+    boundaries, metrics = calibration.run(splits, collect)
+    seconds = {name: round(value, 2) for name, value in seconds_before.items()}
+    for name, value in metrics["seconds"].items():
+        seconds[name] = round(seconds.get(name, 0.0) + value, 2)
+    seconds["total"] = round(sum(seconds_before.values()) + time.perf_counter() - started, 2)
     fingerprint = fingerprint_of(
-        loaded, kv_policy=calibration.kv_policy, num_layers=adapter.num_layers, hidden_size=adapter.config.hidden_size
+        engine.model,
+        kv_policy=calibration.kv_policy,
+        num_layers=adapter.num_layers,
+        hidden_size=adapter.config.hidden_size,
     )
     training = {
         "source": "text" if config.text else "own answers",
@@ -254,19 +309,5 @@ def calibrate(config: CalibrationConfig, progress: Progress = lambda _what, _sha
         "settings": config.model_dump(mode="json", exclude={"output"}),
     }
     facts = as_facts(fingerprint, label=LABEL, shapes=adapter.kv_shapes, training=training)
-    facts.metrics.update(metrics)
-    routers = Routers(boundaries, facts)
-    routers.save(config.output)
-    return routers
-
-
-def _examples(config: CalibrationConfig, engine: TideEngine, progress: Progress) -> list[Example]:
-    if config.text is not None:
-        return read_text(config.text, engine, limit=config.num_prompts, max_tokens=config.max_tokens)
-    wraps = not config.raw and bool(getattr(engine.tokenizer, "chat_template", None))
-    prompts = read_prompts(config.prompts, column=config.prompt_column, limit=config.num_prompts, wraps_strings=wraps)
-    examples = []
-    for example in answered(engine, prompts, config.max_tokens):
-        examples.append(example)
-        progress("the model answers the prompts", len(examples) / len(prompts))
-    return examples
+    facts.metrics.update({**metrics, "seconds": seconds})
+    return Routers(boundaries, facts)

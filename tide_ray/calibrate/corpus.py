@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.data.locate import open_sources
 from tide_ray.data.prompts import RowMaker, prompt_columns
 from tide_ray.engine.engine import TideEngine
@@ -16,6 +17,10 @@ from tide_ray.types import Prompt, SamplingParams, UserError
 SPLITS = (("fit", 0.5), ("gate", 0.25), ("calibrate", 0.125), ("test", 0.125))
 MIN_SEQUENCES = 16
 MIN_TEXT_TOKENS = 16
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it is done, from 0 to 1."""
+REQUEST = "calibrate-"
+"""Requests are named after the numbers of their prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,32 @@ class Example:
 Splits = dict[str, list[Example]]
 
 
-def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | None, wraps_strings: bool) -> list[Prompt]:
+def answers(config: CalibrationConfig, engine: TideEngine, progress: Progress) -> list[Example]:
+    """The examples that ``config`` asks for, in the order of their prompts or paragraphs.
+
+    Raises:
+        UserError: they cannot be read, or are too few.
+    """
+    if config.text is not None:
+        return read_text(config.text, engine, limit=config.num_prompts, max_tokens=config.max_tokens)
+    prompts = read_prompts(config.prompts, column=config.prompt_column, limit=config.num_prompts)
+    return list(answer(prompts, config, engine, progress).values())
+
+
+def answer(
+    prompts: Sequence[Prompt], config: CalibrationConfig, engine: TideEngine, progress: Progress
+) -> dict[int, Example]:
+    """The model's own answers by the number of their prompt, rising; prompts that it rejects are left out."""
+    if not config.raw and getattr(engine.tokenizer, "chat_template", None):
+        prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
+    examples = {}
+    for number, example in answered(engine, prompts, config.max_tokens):
+        examples[number] = example
+        progress("the model answers the prompts", len(examples) / len(prompts))
+    return dict(sorted(examples.items()))
+
+
+def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | None) -> list[Prompt]:
     """Prompts from files or data sets, as a job would read them; rows that a job would reject are left out.
 
     Raises:
@@ -49,7 +79,7 @@ def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | Non
                 elif made.prompt_token_ids is not None:
                     prompts.append(made.prompt_token_ids)
                 elif made.prompt is not None:
-                    prompts.append([{"role": "user", "content": made.prompt}] if wraps_strings else made.prompt)
+                    prompts.append(made.prompt)
                 if limit is not None and len(prompts) == limit:
                     return prompts
     if limit is not None and len(prompts) < limit:
@@ -57,18 +87,19 @@ def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | Non
     return prompts
 
 
-def answered(engine: TideEngine, prompts: Sequence[Prompt], max_tokens: int) -> Iterable[Example]:
-    """The model's own greedy answers, as they finish; prompts that the engine rejects are left out."""
+def answered(engine: TideEngine, prompts: Sequence[Prompt], max_tokens: int) -> Iterable[tuple[int, Example]]:
+    """The model's own greedy answers, as they finish, each with its prompt's number; prompts that the engine rejects
+    are left out."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     for number, prompt in enumerate(prompts):
-        engine.add_request(f"calibrate-{number}", prompt, params)
+        engine.add_request(f"{REQUEST}{number}", prompt, params)
     while engine.has_unfinished_requests():
         for output in engine.step():
             tokens = output.outputs[0].token_ids
             if not output.error and tokens:
                 # The last token was chosen, but never run.
                 ids = [*output.prompt_token_ids, *tokens[:-1]]
-                yield Example(ids, len(output.prompt_token_ids) - 1)
+                yield int(output.request_id.removeprefix(REQUEST)), Example(ids, len(output.prompt_token_ids) - 1)
 
 
 def read_text(path: str, engine: TideEngine, *, limit: int | None, max_tokens: int) -> list[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from tide_ray.calibrate.config import CalibrationConfig
-from tide_ray.calibrate.corpus import Example
+from tide_ray.calibrate.corpus import Example, Progress
 from tide_ray.calibrate.refine import RestrictedReadout, refined
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.ridge import Sums, fit, low_rank, set_linear
 from tide_ray.calibrate.screen import most_promising
-from tide_ray.calibrate.trace import Tracer
+from tide_ray.calibrate.statistics import FitStatistics, FitSums
+from tide_ray.calibrate.trace import Tracer, TraceRows
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, kv_width, unit_rms
 from tide_ray.models.adapter import Adapter, KVShape
 
 PENALTY_SHARE = 0.1
 """Share of the sequences that chooses penalties, and whether a refined head is better."""
 MAX_ROWS = 16_384
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it is done, from 0 to 1."""
 
 
 @dataclass(slots=True)
@@ -45,13 +43,6 @@ class Fitted:
     @property
     def depths(self) -> list[int]:
         return list(self.heads)
-
-
-@dataclass(slots=True)
-class _FitSums:
-    heads: dict[int, Sums]
-    kv: dict[int, Sums]
-    reservoir: Reservoir
 
 
 class Fitter:
@@ -74,12 +65,23 @@ class Fitter:
         self.progress = progress
         self.fits_kv = fits_kv
 
-    def fit(self, examples: Sequence[Example]) -> Fitted:
-        """Fit at the depths asked for, or else at the most promising ones."""
+    def new_statistics(self) -> FitStatistics:
+        return FitStatistics(train=self._new_sums(), held=self._new_sums())
+
+    def collect(self, statistics: FitStatistics, examples: Sequence[Example], start: int, stop: int) -> None:
+        """Add ``examples[start:stop]``. The first PENALTY_SHARE of all examples are the held-out ones."""
         num_held = max(1, round(PENALTY_SHARE * len(examples)))
-        held, train = self._sums(examples[:num_held], 0.0), self._sums(examples[num_held:], 0.1)
+        middle = min(max(start, num_held), stop)
+        for sums, first, last in ((statistics.held, start, middle), (statistics.train, middle, stop)):
+            for rows in self.tracer.trace(examples[first:last], first=first):
+                self._add(sums, rows)
+                self.progress("fitting exit heads and KV heads", (int(rows.sequences[-1]) + 1) / len(examples))
+
+    def fit(self, statistics: FitStatistics) -> Fitted:
+        """Fit at the depths asked for, or else at the most promising ones."""
+        train, held = statistics.train, statistics.held
         readout = self._readout(train.reservoir.take("final"))
-        fitted = Fitted(num_rows=train.heads[self.depths[0]].num_rows)
+        fitted = Fitted(num_rows=train.num_rows)
         if readout is not None and self.config.shortlist:
             fitted.shortlist = readout.shortlist(self.config.shortlist)
         heads: dict[int, ExitHead] = {}
@@ -122,32 +124,27 @@ class Fitter:
                 head.up.bias.copy_(weights[-1])
         return head, {"penalty": penalty, "head_error": round(error, 4)}
 
-    def _sums(self, examples: Sequence[Example], progress_from: float) -> _FitSums:
+    def _new_sums(self) -> FitSums:
         hidden = self.adapter.config.hidden_size
-        sums = _FitSums(
+        return FitSums(
             heads={depth: Sums.zeros(hidden, hidden) for depth in self.depths},
             kv={depth: Sums.zeros(hidden, kv_width(self.adapter.kv_shapes[depth:])) for depth in self.depths}
             if self.fits_kv
             else {},
             reservoir=Reservoir(MAX_ROWS, self.config.seed),
         )
-        num_done = 0
-        for rows in self.tracer.trace(examples):
-            index = torch.from_numpy(rows.is_judged.nonzero()[0])
-            target = unit_rms(rows.final[index])
-            for depth in self.depths:
-                states = rows.states[depth]
-                sums.heads[depth].add(states[index], target)
-                if rows.keys_values is not None:
-                    width = sums.kv[depth].cross.shape[1]
-                    sums.kv[depth].add(states, rows.keys_values[:, -width:])
-            kept = {f"state_{depth}": rows.states[depth][index].cpu() for depth in self.depths}
-            sums.reservoir.add(final=rows.final[index].cpu(), **kept)
-            num_done = int(rows.sequences[-1]) + 1
-            self.progress(
-                "fitting exit heads and KV heads", progress_from + (1 - progress_from) * num_done / len(examples)
-            )
-        return sums
+
+    def _add(self, sums: FitSums, rows: TraceRows) -> None:
+        index = torch.from_numpy(rows.is_judged.nonzero()[0])
+        target = unit_rms(rows.final[index])
+        for depth in self.depths:
+            states = rows.states[depth]
+            sums.heads[depth].add(states[index], target)
+            if rows.keys_values is not None:
+                width = sums.kv[depth].cross.shape[1]
+                sums.kv[depth].add(states, rows.keys_values[:, -width:])
+        kept = {f"state_{depth}": rows.states[depth][index].cpu() for depth in self.depths}
+        sums.reservoir.add(rows.keys[index.numpy()], final=rows.final[index].cpu(), **kept)
 
     def _readout(self, final_states: Tensor) -> RestrictedReadout | None:
         try:

@@ -111,7 +111,7 @@ class Judge:
                 if lens[depth][1] < MAX_LENS_ROWS:
                     lens[depth][0] += int((argmax(self._logits(states)) == expected).sum())
                     lens[depth][1] += len(index)
-        judged.rows.add(**entry)
+        judged.rows.add(rows.keys[index.numpy()], **entry)
 
     def _judge_prompt(self, rows: TraceRows, is_drawn: np.ndarray, judged: Judged) -> None:
         """Damages of the drawn prompt rows but the first; of texts, which have no prompt, of all rows but the first."""
@@ -136,7 +136,7 @@ class Judge:
             shapes = self._adapter.kv_shapes[depth:]
             errors = kv_errors(head, states, actual, self._kv_scales[depth], shapes)
             entry[f"damage_{depth}"] = kv_damages(errors, rows.attention[index]).cpu()
-        judged.prompt_rows.add(**entry)
+        judged.prompt_rows.add(rows.keys[index.numpy()], **entry)
 
     def _logits(self, states: Tensor) -> Tensor:
         return self._adapter.head(self._adapter.final_norm(states[None]))

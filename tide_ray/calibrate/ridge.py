@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,19 @@ class Sums:
         self.cross += other.cross
         self.targets += other.targets
         self.num_rows += other.num_rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, to be stored; ``restored`` reads them."""
+        return {
+            "gram": self.gram,
+            "cross": self.cross,
+            "targets": self.targets,
+            "num_rows": torch.tensor(self.num_rows),
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> Sums:
+        return cls(tensors["gram"], tensors["cross"], tensors["targets"], int(tensors["num_rows"]))
 
     def solve(self, penalty: float) -> Tensor:
         """Weights ``[D + 1, W]`` of least squared error plus ``penalty`` times their squares (the bias's excepted)."""

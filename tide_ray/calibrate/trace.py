@@ -46,6 +46,11 @@ class TraceRows:
     lengths: np.ndarray
     sequences: np.ndarray
 
+    @property
+    def keys(self) -> np.ndarray:
+        """An integer for each row that no other row of its split has, ``[N]``."""
+        return self.sequences << 32 | self.positions
+
 
 class _RecordingCache(LaunchCache):
     """Attends within the launch's whole sequences and keeps K/V, unrotated, instead of writing them to pages.
@@ -128,10 +133,14 @@ class Tracer:
         self._depths = list(depths)
 
     def trace(
-        self, examples: Sequence[Example], *, with_keys_values: bool = True, with_attention: bool = False
+        self,
+        examples: Sequence[Example],
+        *,
+        first: int = 0,
+        with_keys_values: bool = True,
+        with_attention: bool = False,
     ) -> Iterator[TraceRows]:
-        """Rows in launches; sequences are never divided."""
-        first = 0
+        """Rows in launches; sequences are never divided, and numbered from ``first`` on."""
         for batch in batches(examples, MAX_ROWS):
             yield self._launch(batch, first, with_keys_values, with_attention)
             first += len(batch)
