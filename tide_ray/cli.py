@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel
 
 from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.sweep_config import Resources, SweepConfig, is_sweep
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
 from tide_ray.types import UserError
 
@@ -158,8 +159,10 @@ def _calibration_flag(field: str, hint: str = "") -> Any:
 
 @app.command()
 def calibrate(
-    config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win")] = None,
-    model: Annotated[str | None, _calibration_flag("model")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="YAML file with any of these settings, or a list of models; flags win")
+    ] = None,
+    model: Annotated[list[str] | None, _calibration_flag("model", "; several make a sweep")] = None,
     revision: Annotated[str | None, _calibration_flag("revision")] = None,
     prompts: Annotated[list[str] | None, _calibration_flag("prompts", _REPEAT)] = None,
     text: Annotated[str | None, _calibration_flag("text")] = None,
@@ -179,14 +182,41 @@ def calibrate(
     device: Annotated[str | None, _calibration_flag("device")] = None,
     trust_remote_code: Annotated[bool | None, _calibration_flag("trust_remote_code")] = None,
     num_threads: Annotated[int | None, _calibration_flag("num_threads")] = None,
+    workers: Annotated[int | None, _flag("workers", config=Resources)] = None,
+    num_gpus: Annotated[float | None, _flag("num_gpus", config=Resources)] = None,
+    num_cpus: Annotated[float | None, _flag("num_cpus", config=Resources)] = None,
+    memory: Annotated[float | None, _flag("memory", config=Resources)] = None,
+    labels: Annotated[str | None, _flag("labels", ", NAME=VALUE" + _COMMAS, Resources)] = None,
+    max_parallel: Annotated[int | None, _flag("max_parallel", config=SweepConfig)] = None,
+    max_cpus: Annotated[float | None, _flag("max_cpus", config=SweepConfig)] = None,
+    address: Annotated[str | None, _flag("address", config=SweepConfig)] = None,
+    verbose: Annotated[bool | None, _flag("verbose", config=SweepConfig)] = None,
 ) -> None:
-    """Calibrate routers for a model on its own answers, and write a router checkpoint for ``generate --exits``."""
+    """Calibrate routers for a model on its own answers, and write a router checkpoint for ``generate --exits``.
+
+    Several models, or any flag from --workers on, make a sweep: Ray tasks, and a folder per model in the output. It
+    goes on where it stopped when the same command runs again. Its exit codes: 0 all models, 1 some failed, 2 usage.
+    """
     given = {name: value for name, value in locals().items() if value is not None}
     try:
         path = given.pop("config", None)
         if "boundaries" in given:
             given["boundaries"] = [_number("boundaries", text) for text in _split(given["boundaries"])]
-        settings = CalibrationConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
+        if "labels" in given:
+            given["labels"] = dict(_label(text) for text in _split(given["labels"]))
+        values = read_yaml_mapping(path) if path else {}
+        models = given.pop("model", [])
+        if models:
+            values = {name: value for name, value in values.items() if name not in ("model", "models")}
+            given |= {"model": models[0]} if len(models) == 1 else {"models": models}
+        values |= given
+        if is_sweep(values):
+            sweep = SweepConfig.build(values)
+
+            from tide_ray.calibrate.sweep import run_sweep
+
+            raise typer.Exit(run_sweep(sweep))
+        settings = CalibrationConfig.build(values)
 
         from tide_ray.calibrate.job import run_calibrate
 
@@ -244,6 +274,13 @@ def _number(name: str, text: str) -> int:
     if not text.isdigit():
         raise UserError(f"{name} must be layer numbers separated by commas, got {text!r}")
     return int(text)
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise UserError(f"labels must be NAME=VALUE separated by commas, got {text!r}")
+    return name.strip(), value.strip()
 
 
 def _fail(error: object, code: int) -> NoReturn:

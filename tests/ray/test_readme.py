@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.sweep_config import Resources, SweepConfig
 from tide_ray.data.job_config import GenerateJobConfig
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -38,6 +39,7 @@ def test_every_flag_that_the_readme_names_exists(monkeypatch: pytest.MonkeyPatch
     benchmark_options = {parameter.name for command in commands for parameter in command.params}
     flags = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
     others = {"working-dir", "help", "config"}  # ray's own, and the two that are not settings
-    fields = {*GenerateJobConfig.model_fields, *CalibrationConfig.model_fields, *benchmark_options}
+    sweep = {*SweepConfig.model_fields, *Resources.model_fields}
+    fields = {*GenerateJobConfig.model_fields, *CalibrationConfig.model_fields, *sweep, *benchmark_options}
     assert flags - others <= {name.replace("_", "-") for name in fields}
     assert len(flags) > 10

@@ -9,6 +9,9 @@ from rich.table import Table
 
 from tide_ray.exits.checkpoint import Routers
 
+MIN_CEILING = 1.01
+"""Speed-up in decode, were skipping free, below which exits are not worth having."""
+
 
 def print_report(console: Console, routers: Routers, output: str) -> None:
     """Candidates, chosen boundaries and a verdict."""
@@ -50,13 +53,18 @@ def print_report(console: Console, routers: Routers, output: str) -> None:
 
 def verdict(metrics: dict[str, Any], depths: tuple[int, ...]) -> str:
     """One sentence on what exits can give this model at the strictest calibrated error."""
-    chosen = [row for row in metrics["candidates"] if row["depth"] in depths]
-    level = next(iter(chosen[0]["exits"]))
-    best = max(chosen, key=lambda row: row["exits"][level]["ceiling"])
+    best, level = best_boundary(metrics, depths)
     ceiling = best["exits"][level]["ceiling"]
-    if ceiling < 1.01:
+    if ceiling < MIN_CEILING:
         return f"Suitability: poor. At {float(level):.0%} error among exits nothing is gained (ceiling {ceiling:.3f}x)."
     return (
         f"Suitability: at {float(level):.0%} error among exits this model gains at most {ceiling:.2f}x in decode "
         f"(depth {best['depth']}, {best['exits'][level]['share']:.0%} of tokens)."
     )
+
+
+def best_boundary(metrics: dict[str, Any], depths: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+    """Figures of the boundary with the highest ceiling at the strictest calibrated error, and that error."""
+    chosen = [row for row in metrics["candidates"] if row["depth"] in depths]
+    level = next(iter(chosen[0]["exits"]))
+    return max(chosen, key=lambda row: row["exits"][level]["ceiling"]), level

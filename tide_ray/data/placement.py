@@ -44,7 +44,7 @@ def plan_placement(
     """
     total_gpus = sum(node.get("GPU", 0) for node in nodes)
     if num_gpus is None:
-        num_gpus = 1.0 if device.startswith("cuda") or (device == "auto" and total_gpus > 0) else 0.0
+        num_gpus = gpus_for(device, total_gpus)
     _check_fits("num_gpus_per_actor", "GPUs", [node.get("GPU", 0) for node in nodes], num_gpus, num_actors)
     if num_cpus is not None:
         _check_fits("num_cpus_per_actor", "CPUs", [node.get("CPU", 0) for node in nodes], num_cpus, num_actors)
@@ -55,6 +55,11 @@ def plan_placement(
     per_node = _actors_per_node(nodes, num_gpus, num_cpus, num_actors)
     cores = min((int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1), default=1)
     return Placement(num_gpus, num_cpus, max(1, cores // per_node), per_node)
+
+
+def gpus_for(device: str, total_gpus: float) -> float:
+    """GPUs of an engine for which no number is given: ``auto`` takes one if the cluster has any."""
+    return 1.0 if device.startswith("cuda") or (device == "auto" and total_gpus > 0) else 0.0
 
 
 def live_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
