@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tide_ray.calibrate.calibrate import calibrate
 from tide_ray.calibrate.sweep import run_sweep
 from tide_ray.calibrate.sweep_config import SweepConfig
+from tide_ray.calibrate.sweep_task import Outcome, Task, run_task
 from tide_ray.exits.checkpoint import Routers
 from tiny_models import save_tiny_model
 
@@ -191,3 +192,27 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_repeats_no_finished_phase(
     assert len(phases) >= 9, "four shards of answers of each model, and all of qwen2's"
     assert {name: after[name] for name in phases} == {name: before[name] for name in phases}
     assert Routers.load(output / "llama").depths
+
+
+def test_a_worker_that_dies_is_started_again_and_one_that_always_dies_is_a_failure_of_its_model(
+    cluster: Cluster, models: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_died = tmp_path / "has died"
+
+    def run_or_die(task: Task) -> Outcome:
+        if task.model.name == "always":
+            os._exit(1)
+        if task.phases == ("fit",) and not has_died.exists():
+            has_died.touch()
+            os._exit(1)
+        return run_task(task)
+
+    monkeypatch.setattr("tide_ray.calibrate.sweep.run_task", run_or_die)
+    entries = [{"model": str(models / "llama"), "name": "always"}, {"model": str(models / "gpt2"), "workers": 2}]
+    settings = {**QUICK, "prompts": [str(prompts)], "boundaries": [2], "refine": False}
+    assert run_sweep(SweepConfig.build({**settings, "output": str(tmp_path / "sweep"), "models": entries})) == 1
+    found = rows(tmp_path / "sweep")
+    assert has_died.exists()
+    assert found["gpt2"]["status"] == "ok"
+    assert (found["always"]["status"], found["always"]["phase"]) == ("failed", "answers")
+    assert "WorkerCrashedError" in found["always"]["error"]
