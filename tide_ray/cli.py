@@ -51,7 +51,7 @@ def _flag(field: str, hint: str = "", config: type[BaseModel] = GenerateJobConfi
     """An option for a field of a job's configuration, with the field's own description and default in its help."""
     info = config.model_fields[field]
     default = info.get_default(call_default_factory=True)
-    shown = "" if default is None or default == [] or isinstance(default, bool) else f" [{default}]"
+    shown = "" if default in (None, [], {}) or isinstance(default, bool) else f" [{default}]"
     return typer.Option(help=f"{info.description}{hint}{shown}")
 
 
@@ -169,7 +169,7 @@ def calibrate(
     prompt_column: Annotated[str | None, _calibration_flag("prompt_column")] = None,
     num_prompts: Annotated[int | None, _calibration_flag("num_prompts")] = None,
     raw: Annotated[bool | None, _calibration_flag("raw")] = None,
-    output: Annotated[str | None, _calibration_flag("output")] = None,
+    output: Annotated[str | None, _calibration_flag("output", ", or of a sweep's, by default ./tide-sweep")] = None,
     boundaries: Annotated[str | None, _calibration_flag("boundaries", _COMMAS)] = None,
     max_tokens: Annotated[int | None, _calibration_flag("max_tokens")] = None,
     kv_policy: Annotated[str | None, _calibration_flag("kv_policy")] = None,
