@@ -19,13 +19,11 @@ import torch
 from bench_depth import PROMPT_TOKENS, answer_room, decode_rate
 from bench_workload import Workload
 
-from tide_ray import EngineConfig, SamplingParams, TideEngine
-from tide_ray.engine.choice import Choice
-from tide_ray.engine.sampler import Sampler, SamplingRow
+from tide_ray import EngineConfig, TideEngine
+from tide_ray.calibrate.follow import answer, follow, interval
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import LoadedModel, load
 
-BOOTSTRAPS = 1000
 DECODE_TOKENS = 24
 
 
@@ -37,21 +35,6 @@ class Variant:
     options: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     num_tokens: int = 0
-
-
-class FollowingSampler(Sampler):
-    """Chooses as always and notes the choice, but answers with the token to follow; requests are told by their seed."""
-
-    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
-        self.answers = answers
-        self.same: list[list[bool]] = [[] for _ in answers]
-
-    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
-        chosen = super().choose(logits, rows).read().token_ids
-        wanted = [self.answers[row.seed][row.position] for row in rows]
-        for row, own, given in zip(rows, chosen, wanted, strict=True):
-            self.same[row.seed].append(own == given)
-        return Choice(torch.tensor(wanted, device=logits.device), logits, [None] * len(rows))
 
 
 def run_exits(
@@ -93,16 +76,16 @@ def run_exits(
     engines = [TideEngine(loaded, EngineConfig(**settings, exits=checkpoint, **v.options)) for v in variants]
     base = Variant("full depth", {})
     everyone = [(base, full), *zip(variants, engines, strict=True)]
-    answers = _answers(full, prompts, workload.max_tokens)
+    answers = answer(full, prompts, workload.max_tokens)
     for number in range(rounds):
         for variant, engine in everyone if number % 2 == 0 else reversed(everyone):
             start = time.perf_counter()
-            outputs = _answers(engine, prompts, workload.max_tokens)
+            outputs = answer(engine, prompts, workload.max_tokens)
             variant.seconds.append(time.perf_counter() - start)
             variant.num_tokens = sum(map(len, outputs))
     rows = [_row(base, base, {}, None)]
-    again = _following(TideEngine(loaded, EngineConfig(**{**settings, "max_num_seqs": 24})), prompts, answers)
-    rows.append({"name": "full depth again", "teacher_forced": interval(again)})
+    again = follow(TideEngine(loaded, EngineConfig(**{**settings, "max_num_seqs": 24})), prompts, answers)
+    rows.append({"name": "full depth again", "teacher_forced": _agreement(again)})
     for variant, engine in everyone[1:]:
         quality = _quality(loaded, settings, checkpoint, variant, prompts, answers, workload.max_tokens)
         rows.append(_row(variant, base, quality, engine))
@@ -123,24 +106,6 @@ def run_exits(
     }
 
 
-def _answers(engine: TideEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    params = [SamplingParams(temperature=0, max_tokens=max_tokens, seed=n) for n in range(len(prompts))]
-    return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
-
-
-def _following(engine: TideEngine, prompts: list[list[int]], answers: list[list[int]]) -> list[list[bool]]:
-    """For every token of ``answers``, whether ``engine`` would have chosen it after the tokens before it."""
-    sampler = FollowingSampler(answers)
-    engine.runner.sampler = sampler
-    params = [
-        SamplingParams(temperature=0, max_tokens=len(answer), seed=n, ignore_eos=True)
-        for n, answer in enumerate(answers)
-    ]
-    engine.generate(prompts, params)
-    engine.runner.sampler = Sampler()
-    return sampler.same
-
-
 def _quality(
     loaded: LoadedModel,
     settings: dict[str, Any],
@@ -153,14 +118,14 @@ def _quality(
     """Agreement with every boundary on, whether it pays here or not."""
     config = EngineConfig(**settings, exits=checkpoint, exits_when="always", **variant.options)
     engine = TideEngine(loaded, config)
-    followed = _following(engine, prompts, answers)
+    followed = follow(engine, prompts, answers)
     num_prompt = sum(map(len, prompts))
     stats = engine.stats
     depth = stats.sum_exit_layers / stats.num_generated_tokens
     exits = [n for n, b in zip(stats.rows_through_layer, stats.rows_through_layer[1:], strict=False) if n != b]
-    free = _answers(engine, prompts, max_tokens)
+    free = answer(engine, prompts, max_tokens)
     return {
-        "teacher_forced": interval(followed),
+        "teacher_forced": _agreement(followed),
         "identical_answers": round(float(np.mean([a == b for a, b in zip(free, answers, strict=True)])), 4),
         "mean_depth": round(depth, 3),
         "boundaries_used": len(exits),
@@ -168,14 +133,10 @@ def _quality(
     }
 
 
-def interval(same: Sequence[Sequence[bool]]) -> list[float]:
-    """Share of equal tokens, with a 95 % interval by resampling prompts."""
-    sums = np.array([[sum(one), len(one)] for one in same if one], dtype=float)
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(sums), (BOOTSTRAPS, len(sums)))
-    shares = sums[draws, 0].sum(1) / sums[draws, 1].sum(1)
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return [round(float(v), 4) for v in (sums[:, 0].sum() / sums[:, 1].sum(), low, high)]
+def _agreement(same: Sequence[Sequence[bool]]) -> list[float]:
+    """Share of equal tokens, with a 95 % interval by prompts."""
+    judged = [one for one in same if one]
+    return [round(share, 4) for share in interval([float(np.mean(one)) for one in judged], list(map(len, judged)))]
 
 
 def _row(variant: Variant, base: Variant, quality: dict[str, Any], engine: TideEngine | None) -> dict[str, Any]:

@@ -213,6 +213,44 @@ def exits(
 
 
 @app.command()
+def certified(
+    checkpoint: Checkpoint,
+    prompts: Annotated[list[str] | None, typer.Option(help="prompts that the checkpoint has not seen")] = None,
+    skip: Annotated[int, typer.Option(help="leave out this many of them at the start")] = 0,
+    exit_errors: Annotated[str, typer.Option(help="also thresholds calibrated for these errors, or nothing")] = "",
+    baselines: Annotated[bool, typer.Option(help="also fixed sets of layers")] = True,
+    max_tokens: AnswerTokens = 128,
+    num_threads: NumThreads = None,
+    limit: Limit = None,
+    output: Output = None,
+) -> None:
+    """``tide-ray evaluate``, with the certification's own figures and the machine they are from."""
+    with user_errors():
+        from bench_machine import machine_facts, num_cores
+        from rich.console import Console
+
+        from tide_ray.calibrate.config import EvaluationConfig
+        from tide_ray.calibrate.evaluate import evaluate
+        from tide_ray.calibrate.report import print_evaluation
+
+        machine = machine_facts(num_threads or num_cores())
+        config = EvaluationConfig.build(
+            {
+                "routers": checkpoint,
+                "prompts": prompts or [],
+                "skip": skip,
+                "num_prompts": limit,
+                "exit_errors": parse_shares("exit_errors", exit_errors),
+                "baselines": baselines,
+                "max_tokens": parse_positive("max_tokens", max_tokens),
+                "num_threads": machine["num_threads"],
+            }
+        )
+        measured = evaluate(config)
+    finish("certified", machine, measured, lambda facts: print_evaluation(Console(width=120), facts), output)
+
+
+@app.command()
 def quality(
     checkpoint: Checkpoint,
     prompts: Prompts = None,

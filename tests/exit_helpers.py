@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from references import loaded
 from tide_ray import EngineConfig, TideEngine
 from tide_ray.engine.cost_model import LaunchPlan
 from tide_ray.engine.planner import LaunchPlanner
-from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_of
+from tide_ray.exits.certificates import Certificate, guarantee_text
+from tide_ray.exits.checkpoint import FINGERPRINT, Boundary, Routers, as_facts, fingerprint_of, weights_sha256
 from tide_ray.exits.gates import NUM_PLACES, Gate, PrefillGate
 from tide_ray.exits.policies import ForcedExits
 from tide_ray.exits.readouts import ExitHead, KVHead
@@ -94,3 +97,32 @@ def forced_engine(
     engine.runner.exits.policy = ForcedExits(shares, seed=5)
     engine.runner.planner = FixedPlanner(len(depths), holds)
     return engine
+
+
+def make_certificate(checkpoint: Path, **changes: Any) -> Certificate:
+    """A certificate for a saved checkpoint, as if certification had found it."""
+    routers = Routers.load(checkpoint)
+    values: dict[str, Any] = {
+        "epsilon": 0.02,
+        "delta": 0.05,
+        "loss": "tokens",
+        "thresholds": (0.9,) * len(routers.boundaries),
+        "prefill_threshold": None,
+        "prefill_tail": 32,
+        "p_value_kind": "wsr",
+        "p_value": 0.01,
+        "num_prompts": 1000,
+        "num_ordering_prompts": 100,
+        "num_tested": 8,
+        "mean_loss": 0.01,
+        "exit_share": 0.2,
+        "prefill_exit_share": 0.0,
+        "saving": 0.1,
+        "noise_floor": 0.0,
+        "max_tokens": 32,
+        "sources": ("prompts.jsonl",),
+        "fingerprint": {name: getattr(routers.facts, name) for name in FINGERPRINT},
+        "weights_sha256": weights_sha256(checkpoint),
+    }
+    certificate = Certificate(**{**values, **changes})
+    return replace(certificate, guarantee=guarantee_text(certificate))

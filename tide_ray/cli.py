@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import BaseModel
 
-from tide_ray.calibrate.config import CalibrationConfig
+from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig, EvaluationConfig
 from tide_ray.calibrate.sweep_config import Resources, SweepConfig, is_sweep
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
 from tide_ray.types import UserError
@@ -99,6 +99,8 @@ def generate(
     exits: Annotated[str | None, _flag("exits")] = None,
     exit_threshold: Annotated[float | None, _flag("exit_threshold")] = None,
     exit_error: Annotated[float | None, _flag("exit_error")] = None,
+    max_disagreement: Annotated[float | None, _flag("max_disagreement")] = None,
+    certified_loss: Annotated[str | None, _flag("certified_loss")] = None,
     exit_min_depth: Annotated[int | None, _flag("exit_min_depth")] = None,
     exits_when: Annotated[str | None, _flag("exits_when")] = None,
     confidence_measure: Annotated[str | None, _flag("confidence_measure")] = None,
@@ -227,6 +229,97 @@ def calibrate(
         _fail("interrupted", EXIT_INTERRUPTED)
 
 
+def _certification_flag(field: str, hint: str = "") -> Any:
+    return _flag(field, hint, CertificationConfig)
+
+
+@app.command()
+def certify(
+    routers: Annotated[str, typer.Argument(help="folder of the router checkpoint, which gets the certificates")],
+    config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win")] = None,
+    prompts: Annotated[list[str] | None, _certification_flag("prompts", _REPEAT)] = None,
+    prompt_column: Annotated[str | None, _certification_flag("prompt_column")] = None,
+    skip: Annotated[int | None, _certification_flag("skip")] = None,
+    num_prompts: Annotated[int | None, _certification_flag("num_prompts")] = None,
+    num_ordering: Annotated[int | None, _certification_flag("num_ordering")] = None,
+    epsilons: Annotated[str | None, _certification_flag("epsilons", _COMMAS)] = None,
+    delta: Annotated[float | None, _certification_flag("delta")] = None,
+    loss: Annotated[str | None, _certification_flag("loss")] = None,
+    p_value: Annotated[str | None, _certification_flag("p_value")] = None,
+    prefill: Annotated[bool | None, _certification_flag("prefill")] = None,
+    prefill_tail: Annotated[int | None, _certification_flag("prefill_tail")] = None,
+    max_tokens: Annotated[int | None, _certification_flag("max_tokens")] = None,
+    raw: Annotated[bool | None, _certification_flag("raw")] = None,
+    model: Annotated[str | None, _certification_flag("model")] = None,
+    revision: Annotated[str | None, _certification_flag("revision")] = None,
+    dtype: Annotated[str | None, _certification_flag("dtype")] = None,
+    device: Annotated[str | None, _certification_flag("device")] = None,
+    trust_remote_code: Annotated[bool | None, _certification_flag("trust_remote_code")] = None,
+    num_threads: Annotated[int | None, _certification_flag("num_threads")] = None,
+    seed: Annotated[int | None, _certification_flag("seed")] = None,
+) -> None:
+    """Certify a checkpoint's exits on prompts it has not seen, for ``generate --exits ROUTERS --max-disagreement``."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    try:
+        path = given.pop("config", None)
+        if "epsilons" in given:
+            given["epsilons"] = [_share("epsilons", text) for text in _split(given["epsilons"])]
+        settings = CertificationConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
+
+        from tide_ray.calibrate.job import run_certify
+
+        run_certify(settings)
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _evaluation_flag(field: str, hint: str = "") -> Any:
+    return _flag(field, hint, EvaluationConfig)
+
+
+@app.command()
+def evaluate(
+    routers: Annotated[str, typer.Argument(help="folder of the router checkpoint")],
+    config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win")] = None,
+    prompts: Annotated[list[str] | None, _evaluation_flag("prompts", _REPEAT)] = None,
+    prompt_column: Annotated[str | None, _evaluation_flag("prompt_column")] = None,
+    answer_column: Annotated[str | None, _evaluation_flag("answer_column")] = None,
+    skip: Annotated[int | None, _evaluation_flag("skip")] = None,
+    num_prompts: Annotated[int | None, _evaluation_flag("num_prompts")] = None,
+    max_disagreements: Annotated[str | None, _evaluation_flag("max_disagreements", _COMMAS)] = None,
+    exit_errors: Annotated[str | None, _evaluation_flag("exit_errors", _COMMAS)] = None,
+    baselines: Annotated[bool | None, _evaluation_flag("baselines")] = None,
+    max_tokens: Annotated[int | None, _evaluation_flag("max_tokens")] = None,
+    max_num_seqs: Annotated[int | None, _evaluation_flag("max_num_seqs")] = None,
+    raw: Annotated[bool | None, _evaluation_flag("raw")] = None,
+    output: Annotated[str | None, _evaluation_flag("output")] = None,
+    model: Annotated[str | None, _evaluation_flag("model")] = None,
+    revision: Annotated[str | None, _evaluation_flag("revision")] = None,
+    dtype: Annotated[str | None, _evaluation_flag("dtype")] = None,
+    device: Annotated[str | None, _evaluation_flag("device")] = None,
+    trust_remote_code: Annotated[bool | None, _evaluation_flag("trust_remote_code")] = None,
+    num_threads: Annotated[int | None, _evaluation_flag("num_threads")] = None,
+) -> None:
+    """Compare a checkpoint's certified settings with full depth on prompts that it has not seen."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    try:
+        path = given.pop("config", None)
+        for name in ("max_disagreements", "exit_errors"):
+            if name in given:
+                given[name] = [_share(name, text) for text in _split(given[name])]
+        settings = EvaluationConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
+
+        from tide_ray.calibrate.job import run_evaluate
+
+        run_evaluate(settings)
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+
+
 @app.command("import-tide")
 def import_tide(
     router: Annotated[str, typer.Argument(help="router.pt that TIDE wrote")],
@@ -281,6 +374,13 @@ def _label(text: str) -> tuple[str, str]:
     if not separator:
         raise UserError(f"labels must be NAME=VALUE separated by commas, got {text!r}")
     return name.strip(), value.strip()
+
+
+def _share(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{name} must be numbers separated by commas, got {text!r}") from None
 
 
 def _fail(error: object, code: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tide_ray.exits.certificates import LOSSES
 from tide_ray.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -43,6 +44,11 @@ class EngineConfig:
         exit_threshold: score from which a token exits, at every boundary; None takes the checkpoint's for
             ``exit_error``.
         exit_error: error among exiting tokens that the checkpoint's thresholds were calibrated for; None means 0.02.
+        max_disagreement: take the thresholds that the checkpoint has a certificate for (``tide-ray certify``): the one
+            with the largest epsilon that is not above this. Requests that it would not hold for are rejected. Prompts
+            whose tokens may stop share no K/V pages then, as a shared page keeps another prompt's choice.
+        certified_loss: what ``max_disagreement`` bounds: the share of unlike ``tokens``, the share of unlike
+            ``answers``, or the loss in a ``task``.
         exit_min_depth: tokens exit only after at least this many layers.
         exits_when: ``pays``: boundaries that do not save time by the measured costs are off; ``always``: all are on.
         confidence_measure: ``probability``, ``margin`` or ``entropy``.
@@ -79,6 +85,8 @@ class EngineConfig:
     exits: str | None = None
     exit_threshold: float | None = None
     exit_error: float | None = None
+    max_disagreement: float | None = None
+    certified_loss: str = "tokens"
     exit_min_depth: int = 0
     exits_when: str = "pays"
     confidence_measure: str = "probability"
@@ -106,6 +114,7 @@ class EngineConfig:
             ("cuda_graphs", CUDA_GRAPHS),
             ("async_scheduling", ASYNC_SCHEDULING),
             ("confidence_measure", MEASURES),
+            ("certified_loss", LOSSES),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -173,7 +182,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (_is_share(value) or value == 0):
                 raise UserError(f"{name} must be in [0, 1], got {value!r}")
-        for name in ("capacity", "prefill_share"):
+        for name in ("capacity", "prefill_share", "max_disagreement"):
             value = getattr(self, name)
             if value is not None and not _is_share(value):
                 raise UserError(f"{name} must be in (0, 1], got {value!r}")
@@ -181,9 +190,24 @@ class EngineConfig:
             value = getattr(self, name)
             if not _is_integer(value) or value < 0:
                 raise UserError(f"{name} must be an integer of at least 0, got {value!r}")
-        for name in ("exit_threshold", "exit_error", "kv_policy", "prefill_share"):
+        for name in ("exit_threshold", "exit_error", "max_disagreement", "kv_policy", "prefill_share"):
             if self.exits is None and getattr(self, name) is not None:
                 raise UserError(f"{name} needs exits, a router checkpoint, got {getattr(self, name)!r}")
+        if self.max_disagreement is not None:
+            self._check_certified()
+
+    def _check_certified(self) -> None:
+        """What a certificate settles is not to be set beside it."""
+        if self.policy not in ("auto", "router"):
+            raise UserError(f"max_disagreement needs policy 'router', got policy {self.policy!r}")
+        for name, unset in (
+            ("exit_threshold", None),
+            ("exit_error", None),
+            ("exit_min_depth", 0),
+            ("prefill_share", None),
+        ):
+            if getattr(self, name) != unset:
+                raise UserError(f"max_disagreement and {name} exclude each other, got {name} {getattr(self, name)!r}")
 
 
 def _is_integer(value: object) -> bool:

@@ -13,7 +13,7 @@ from exit_helpers import NUM_LAYERS, forced_engine
 from references import ragged_prompts
 from tide_ray import SamplingParams, TideEngine
 from tide_ray.calibrate.corpus import Example
-from tide_ray.calibrate.replay import Replay, Replayed, ReplayRows
+from tide_ray.calibrate.replay import Replay, Replayed, ReplayRows, Stops
 from tide_ray.exits.policies import Candidates
 from tide_ray.exits.rotary import find_rotary
 from tiny_models import VOCAB_SIZE, build_tiny_model
@@ -85,3 +85,33 @@ def test_prompt_rows_that_stop_leave_the_same_keys_and_values(prompts: list[list
     assert 0 < engine.stats.num_prefill_exits < sum(map(len, prompts))
     same = replayed(engine, prompts, answers, rows_per_launch=1024)
     assert same.choices.tolist() == [token for a in answers for token in a.token_ids]
+
+
+@pytest.mark.parametrize("kv_policy", ["fitted", "copy", "deferred"])
+def test_variants_in_the_same_launches_come_out_as_each_alone(prompts: list[list[int]], kv_policy: str) -> None:
+    """Those that stop the same rows at a boundary run on together; K/V of one must not reach another."""
+    engine = forced_engine(build_tiny_model("llama"), DEPTHS, (0.0, 0.0), kv_policy=kv_policy)
+    answers = answer(engine, prompts)
+    examples = [Example([*p, *a.token_ids[:-1]], len(p) - 1) for p, a in zip(prompts, answers, strict=True)]
+    draws = np.random.default_rng(4).random((2, sum(len(example.token_ids) for example in examples)))
+
+    def stopping(shallow: float, deep: float, prompt: float) -> Stops:
+        def stops(boundary: int, _states: Tensor, rows: ReplayRows) -> np.ndarray:
+            drawn = draws[boundary, rows.row_numbers]
+            prompt_stops = rows.is_prompt & (rows.positions > 0) & (drawn < prompt)
+            return (rows.is_generated & (drawn < (shallow, deep)[boundary])) | prompt_stops
+
+        return stops
+
+    shares = [(0, 0, 0), (0, 0.5, 0), (0.3, 0.5, 0), (0, 0.2, 0), (0.3, 0.1, 0), (0, 0.5, 0.6), (1, 1, 1), (0, 0.5, 0)]
+    variants = [stopping(*one) for one in shares]
+    exits = engine.runner.exits
+    assert exits is not None
+    adapter = engine.runner.adapter
+    replay = Replay(adapter, exits.boundaries, find_rotary(adapter), kv_policy=kv_policy, longest=64)
+    together = replay.run_all(examples, variants)
+    for variant, one in zip(variants, together, strict=True):
+        alone = replay.run(examples, variant)
+        for name in Replayed.__slots__:
+            assert getattr(one, name).tolist() == getattr(alone, name).tolist()
+    assert len({tuple(one.choices) for one in together}) == len(set(shares))

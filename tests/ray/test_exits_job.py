@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tide_ray import UserError
+from tide_ray.exits.checkpoint import read_certificates
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,55 @@ def test_a_job_with_exits_writes_the_depth_of_every_token(ray_cluster: None, job
     assert counters["rows_through_layer"][2] - counters["rows_through_layer"][3] == counters["num_filled_rows"] > 0
     with pytest.raises(UserError, match="exit_threshold"):  # another setting is another job
         job.run(**{**options, "exit_threshold": 0.5}, gate_scores=True)
+
+
+@pytest.fixture(scope="module")
+def certified(routers: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint that ``tide-ray certify`` has certified, and the prompts: two thirds for it, then others."""
+    folder = tmp_path_factory.mktemp("certified")
+    shutil.copytree(routers, folder / "routers")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"item {i}, {3 * i}", "answer": f"{i}"}) + "\n" for i in range(60))
+    )
+    done = run(
+        "-m", "tide_ray.cli", "certify", folder / "routers", "--prompts", prompts, "--num-prompts", 40,
+        "--num-ordering", 10, "--epsilons", "0.3,0.9", "--max-tokens", 12, "--num-threads", 1,
+    )  # fmt: skip
+    assert "certified settings at delta 0.05" in done.stderr
+    return folder / "routers", prompts
+
+
+def test_a_certified_job_records_its_guarantee_and_rejects_rows_that_would_void_it(
+    ray_cluster: None, job: Any, certified: tuple[Path, Path]
+) -> None:
+    strict, loose = read_certificates(certified[0])
+    assert (strict.epsilon, loose.epsilon, loose.num_prompts) == (0.3, 0.9, 30)
+    rows = [job.row(i) for i in range(8)]
+    rows[5]["sampling_params"] = {"temperature": 0.7}
+    rows[6]["sampling_params"] = {"exit_policy": "full"}
+    job.write_prompts(rows)
+    code, _ = job.run(exits=str(certified[0]), max_disagreement=0.9, ignore_eos=False, max_tokens=12)
+    assert code == 3
+    (error,) = job.rows("errors")
+    assert error["error"] == "temperature: max_disagreement is certified for 0.0 only, got 0.7"
+    facts = job.facts()
+    assert facts["max_disagreement"] == 0.9
+    assert facts["engine"]["exits"]["certificate"] == json.loads(json.dumps(loose.to_json()))
+    assert "certification prompts" in facts["engine"]["exits"]["certificate"]["guarantee"] or not loose.has_exits
+
+
+def test_the_certified_benchmark_has_the_figures_of_certification_beside_its_own(certified: tuple[Path, Path]) -> None:
+    done = run(
+        ROOT / "jobs" / "benchmark.py", "certified", certified[0], "--prompts", certified[1], "--skip", 40,
+        "--exit-errors", "0.05", "--max-tokens", 12, "--num-threads", 1,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    names = [row["name"] for row in report["variants"]]
+    assert names[:5] == ["full depth", "full depth again", "certified 0.3", "certified 0.9", "exit error 0.05"]
+    assert report["prompts"] == 20
+    assert report["certification"]["noise_floor"]["launches"] == 0.0
+    assert len(report["certificates"]) == 2
 
 
 def test_a_job_with_a_folder_that_is_no_checkpoint_is_refused_before_ray_starts(job: Any, tmp_path: Path) -> None:

@@ -13,11 +13,16 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from exit_helpers import make_certificate, make_routers
+from references import loaded
 from tide_ray import __version__
+from tide_ray.calibrate.config import CertificationConfig, CheckpointPrompts, EvaluationConfig
 from tide_ray.cli import app
 from tide_ray.data.cluster import connected
 from tide_ray.data.job_config import GenerateJobConfig
+from tide_ray.exits.checkpoint import add_certificates
 from tide_ray.types import UserError
+from tiny_models import build_tiny_model
 
 
 def invoke(*arguments: object) -> Result:
@@ -71,6 +76,12 @@ def assert_refused(result: Result, *parts: str) -> None:
         (["--max-num-seqs", "0"], "max_num_seqs must be a positive integer, got 0"),
         (["--raw", "--system-prompt", "Be brief."], "system_prompt needs the chat template, got raw=True"),
         (["--output", "s3://bucket/x"], "output must be a folder that every node can see, got 's3://bucket/x'"),
+        (["--max-disagreement", "0.01"], "max_disagreement needs exits, a router checkpoint, got 0.01"),
+        (["--exits", "absent", "--max-disagreement", "0.01"], "exits must be a router checkpoint"),
+        (
+            ["--exits", "r", "--max-disagreement", "0.01", "--exit-error", "0.01"],
+            "max_disagreement and exit_error exclude each other, got exit_error 0.01",
+        ),
         (["--config", "absent.yaml"], "config: cannot read 'absent.yaml': No such file or directory"),
     ],
 )
@@ -202,3 +213,51 @@ def test_kernels_that_cannot_be_had_are_one_line(
     assert result.exit_code == 2
     assert result.output.startswith(f"error: {message}")
     assert result.output.count("\n") == 1
+
+
+def test_a_job_that_no_certificate_holds_for_is_refused_before_ray_starts(tmp_path: Path, prompts: Path) -> None:
+    routers = tmp_path / "routers"
+    make_routers(loaded(build_tiny_model("llama")), (1, 3)).save(routers)
+
+    def refused(*flags: str) -> str:
+        arguments = ("--prompts", prompts, "--output", tmp_path / "out", "--exits", routers, *flags)
+        result = invoke("generate", *arguments)
+        assert_refused(result)
+        assert not (tmp_path / "out").exists()
+        return result.stderr
+
+    asked = ("--max-disagreement", "0.02", "--max-tokens", "32")
+    assert "no certificate of tokens for it (none; tide-ray certify adds them), got 0.02" in refused(*asked)
+    add_certificates(routers, [make_certificate(routers, epsilon=0.02)], {})
+    assert "no certificate of tokens for it (0.02), got 0.01" in refused("--max-disagreement", "0.01")
+    assert "answers of up to 32 tokens, got 128" in refused("--max-disagreement", "0.02")
+    assert "certified for 0.0 only, got 0.7" in refused(*asked, "--temperature", "0.7")
+    assert "kv_policy: max_disagreement is certified for 'fitted' only" in refused(*asked, "--kv-policy", "copy")
+    assert "dtype: max_disagreement is certified for 'float32' only, got 'bfloat16'" in refused(
+        *asked, "--dtype", "bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("certify", [], "exits must be a router checkpoint"),
+        ("certify", ["--epsilons", "1%"], "epsilons must be numbers separated by commas, got '1%'"),
+        ("certify", ["--epsilons", "0"], "epsilons must lie between 0 and 1, got [0.0]"),
+        ("certify", ["--delta", "0"], "delta: input should be greater than 0, got 0.0"),
+        ("certify", ["--p-value", "binomial"], "p_value 'binomial' needs losses of 0 or 1, got loss 'tokens'"),
+        ("certify", ["--config", "absent.yaml"], "config: cannot read 'absent.yaml'"),
+        ("evaluate", [], "exits must be a router checkpoint"),
+        ("evaluate", ["--exit-errors", "x"], "exit_errors must be numbers separated by commas, got 'x'"),
+        ("evaluate", ["--output", "no/such/folder/x.json"], "output must be a file in a folder that exists"),
+    ],
+)
+def test_mistakes_in_certification_and_evaluation_are_one_line(command: str, flags: list[str], message: str) -> None:
+    assert_refused(invoke(command, "no-such-checkpoint", *flags), message)
+
+
+@pytest.mark.parametrize(("command", "config"), [("certify", CertificationConfig), ("evaluate", EvaluationConfig)])
+def test_flags_of_checkpoint_commands_are_their_fields(command: str, config: type[CheckpointPrompts]) -> None:
+    help_text = invoke(command, "--help").output
+    for name in set(config.model_fields) - {"routers"}:
+        assert f"--{name.replace('_', '-')}" in help_text

@@ -1,13 +1,15 @@
-"""Settings of a calibration; flags, YAML and Python build the same object."""
+"""Settings of calibration and of certification; flags, YAML and Python build the same objects."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tide_ray.calibrate.certify_pvalues import KINDS
 from tide_ray.data.job_config import first_problem
+from tide_ray.exits.certificates import LOSSES
 from tide_ray.types import UserError
 
 
@@ -51,3 +53,71 @@ class CalibrationConfig(BaseModel):
         if self.prompts and self.text:
             raise UserError(f"calibration takes prompts or text, got both: {self.prompts} and {self.text!r}")
         return self
+
+
+class CheckpointPrompts(BaseModel):
+    """A router checkpoint and prompts that it has not seen. What is None is as it was for calibration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    routers: str = Field(min_length=1, description="folder of the router checkpoint")
+    prompts: list[str] = Field(default_factory=list, description="files, folders or data sets nothing was fitted to")
+    prompt_column: str | None = Field(default=None, description="column that holds the prompts")
+    skip: int = Field(default=0, ge=0, description="leave out this many prompts at the start, such as calibration's")
+    num_prompts: int | None = Field(default=None, ge=1, description="use only this many prompts after those")
+    max_tokens: int = Field(default=128, ge=1, description="most tokens per answer")
+    raw: bool | None = Field(default=None, description="use string prompts as they are, without the chat template")
+    model: str | None = Field(default=None, description="hub id, folder, .gguf file or 'demo'")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    dtype: str | None = Field(default=None, description="auto, float32, bfloat16 or float16")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="run modelling code that comes with the weights")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads")
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """Validate user-given values. Raises UserError for an unknown name or a bad value."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise UserError(first_problem(error, cls)) from None
+
+
+class CertificationConfig(CheckpointPrompts):
+    """Which checkpoint to certify, on which prompts, and how strictly. Certificates hold for up to ``max_tokens``."""
+
+    num_ordering: int = Field(default=100, ge=8, description="prompts that order the settings and test none")
+    epsilons: list[float] = Field(default=[0.01, 0.02, 0.05], description="bounds on the loss to certify")
+    delta: float = Field(default=0.05, gt=0, lt=1, description="chance that a certificate does not hold")
+    loss: str = Field(default="tokens", description=f"what is bounded: {', '.join(LOSSES)} (task: from Python)")
+    p_value: str | None = Field(default=None, description=f"{', '.join(KINDS)}; default: wsr, of answers binomial")
+    prefill: bool = Field(default=True, description="let prompt tokens stop, too, where the checkpoint can")
+    prefill_tail: int = Field(default=32, ge=0, description="last prompt tokens that always run every layer")
+    seed: int = Field(default=0, description="of the order of the prompts")
+
+    @property
+    def p_value_kind(self) -> str:
+        """``p_value`` with its default decided."""
+        return self.p_value or ("binomial" if self.loss == "answers" else "wsr")
+
+    @model_validator(mode="after")
+    def _check(self) -> CertificationConfig:
+        if not self.epsilons or not all(0 < epsilon < 1 for epsilon in self.epsilons):
+            raise UserError(f"epsilons must lie between 0 and 1, got {self.epsilons!r}")
+        for name, value, known in (("loss", self.loss, LOSSES), ("p_value", self.p_value_kind, KINDS)):
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.p_value_kind == "binomial" and self.loss != "answers":
+            raise UserError(f"p_value 'binomial' needs losses of 0 or 1, got loss {self.loss!r}")
+        return self
+
+
+class EvaluationConfig(CheckpointPrompts):
+    """Which checkpoint to evaluate, at which settings, and on which prompts."""
+
+    max_disagreements: list[float] = Field(default_factory=list, description="certified settings; default: all")
+    exit_errors: list[float] = Field(default_factory=list, description="also thresholds calibrated for these errors")
+    baselines: bool = Field(default=True, description="also fixed sets of layers, at the least mean depth of a setting")
+    answer_column: str = Field(default="answer", description="column with right answers, where there is one")
+    max_num_seqs: int = Field(default=64, ge=1, description="resident sequences")
+    output: str | None = Field(default=None, description="JSON file to write the figures to")

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.data.locate import open_sources
@@ -25,10 +26,23 @@ REQUEST = "calibrate-"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence. Rows from ``first_judged`` on predict tokens that are the model's own (or, of a text, all)."""
+    """One sequence. Rows from ``first_judged`` on predict tokens that are the model's own (or, of a text, all).
+
+    ``last_id``: the answer's last token, which was chosen but never run; -1: not known.
+    """
 
     token_ids: list[int]
     first_judged: int
+    last_id: int = -1
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.token_ids[: self.first_judged + 1]
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """What its judged rows chose."""
+        return [*self.token_ids[self.first_judged + 1 :], self.last_id]
 
 
 Splits = dict[str, list[Example]]
@@ -51,12 +65,17 @@ def answer(
 ) -> dict[int, Example]:
     """The model's own answers by the number of their prompt, rising; prompts that it rejects are left out."""
     if not config.raw and getattr(engine.tokenizer, "chat_template", None):
-        prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
+        prompts = [as_chat(prompt) for prompt in prompts]
     examples = {}
     for number, example in answered(engine, prompts, config.max_tokens):
         examples[number] = example
         progress("the model answers the prompts", len(examples) / len(prompts))
     return dict(sorted(examples.items()))
+
+
+def as_chat(prompt: Prompt) -> Prompt:
+    """A string as what a user says; other prompts are given."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | None) -> list[Prompt]:
@@ -65,26 +84,33 @@ def read_prompts(sources: Sequence[str], *, column: str | None, limit: int | Non
     Raises:
         UserError: nothing to read, or fewer than ``limit`` usable rows.
     """
+    return [prompt for prompt, _ in read_rows(sources, column=column, limit=limit)]
+
+
+def read_rows(
+    sources: Sequence[str], *, column: str | None, limit: int | None, also: Sequence[str] = ()
+) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Prompts as ``read_prompts`` gives them, each with the values of its row; ``also``: further columns to read."""
     maker = RowMaker(SamplingParams(temperature=0), None)
-    prompts: list[Prompt] = []
+    rows: list[tuple[Prompt, dict[str, Any]]] = []
     for source in open_sources(list(sources)):
         columns = prompt_columns(source, column)
-        for batch in source.batches(columns, source.schema([])):
+        for batch in source.batches([*columns, *also], source.schema([])):
             for row in batch.rows:
                 made = maker.make(row, columns)
                 if made.error:
                     continue
                 if made.messages is not None:
-                    prompts.append(json.loads(made.messages))
+                    rows.append((json.loads(made.messages), row.values))
                 elif made.prompt_token_ids is not None:
-                    prompts.append(made.prompt_token_ids)
+                    rows.append((made.prompt_token_ids, row.values))
                 elif made.prompt is not None:
-                    prompts.append(made.prompt)
-                if limit is not None and len(prompts) == limit:
-                    return prompts
-    if limit is not None and len(prompts) < limit:
-        raise UserError(f"num_prompts: the sources have {len(prompts)} usable prompts, got {limit}")
-    return prompts
+                    rows.append((made.prompt, row.values))
+                if limit is not None and len(rows) == limit:
+                    return rows
+    if limit is not None and len(rows) < limit:
+        raise UserError(f"num_prompts: the sources have {len(rows)} usable prompts, got {limit}")
+    return rows
 
 
 def answered(engine: TideEngine, prompts: Sequence[Prompt], max_tokens: int) -> Iterable[tuple[int, Example]]:
@@ -97,9 +123,9 @@ def answered(engine: TideEngine, prompts: Sequence[Prompt], max_tokens: int) -> 
         for output in engine.step():
             tokens = output.outputs[0].token_ids
             if not output.error and tokens:
-                # The last token was chosen, but never run.
                 ids = [*output.prompt_token_ids, *tokens[:-1]]
-                yield int(output.request_id.removeprefix(REQUEST)), Example(ids, len(output.prompt_token_ids) - 1)
+                example = Example(ids, len(output.prompt_token_ids) - 1, tokens[-1])
+                yield int(output.request_id.removeprefix(REQUEST)), example
 
 
 def read_text(path: str, engine: TideEngine, *, limit: int | None, max_tokens: int) -> list[Example]:

@@ -6,9 +6,8 @@ the rows before it as exits left them. The choices are those of the engine that 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.trace import MAX_ROWS, batches
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.kv_fill import KVFill
-from tide_ray.engine.rows import LaunchCache, RowSpan, attends_by_row, build_rows
+from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, attends_by_row, build_rows
 from tide_ray.engine.sampler import argmax
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import Rotary
 from tide_ray.models.adapter import Adapter
+from tide_ray.models.layer_calls import LayerCall
 
 PAGE_SIZE = 32
 CHUNK = 512
@@ -64,16 +64,50 @@ def nothing_stops(_boundary: int, _states: Tensor, rows: ReplayRows) -> np.ndarr
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """Of every judged row: the token chosen, the depth it left at, whether its row is of the answer, its sequence."""
+    """Of every judged row: the token chosen, the depth it left at, whether its row is of the answer, its sequence.
+
+    ``all_depths``: of all rows, prompts included.
+    """
 
     choices: np.ndarray
     depths: np.ndarray
     is_generated: np.ndarray
     sequences: np.ndarray
+    all_depths: np.ndarray
 
     def agreement(self, other: Replayed) -> float:
         """Share of rows with the same choice."""
         return float((self.choices == other.choices).mean())
+
+    def disagreements(self, other: Replayed) -> np.ndarray:
+        """Share of each sequence's judged rows with another choice, ``[sequences]``."""
+        counts = np.bincount(self.sequences)
+        shares: np.ndarray = np.bincount(self.sequences, weights=self.choices != other.choices) / counts
+        return shares
+
+
+@dataclass(slots=True)
+class _Flow:
+    """A launch at a boundary: all its rows, who is left, and what became of the others.
+
+    ``left``: numbers of the rows that still run, ``[n]``; ``spans``: those rows; ``choices`` (-1: none yet) and
+    ``depths``: of all rows.
+    """
+
+    rows: ReplayRows
+    left: np.ndarray
+    spans: list[RowSpan]
+    choices: np.ndarray
+    depths: np.ndarray
+    hidden: Tensor  # [1, n, D]
+    states: Tensor  # unit-rms [n, D]
+    launch: RowBatch
+    calls: list[LayerCall]
+
+    @property
+    def is_judged(self) -> np.ndarray:
+        judged: np.ndarray = self.rows.positions >= self.rows.first_judged
+        return judged
 
 
 class Replay:
@@ -82,7 +116,7 @@ class Replay:
     Args:
         boundaries: ready for inference, shallowest first.
         kinds: how layers rotate K; None where that is not known, for ``copy`` and ``deferred``.
-        kv_policy: ``fitted``, ``copy``, or ``deferred``, where later rows attend to exact K/V.
+        kv_policy: ``fitted``, ``copy``, or ``deferred``, where later rows attend to exact K/V of generated ones.
     """
 
     def __init__(
@@ -99,6 +133,7 @@ class Replay:
         self._boundaries = boundaries
         self._kv_policy = kv_policy
         self._rows_per_launch = rows_per_launch
+        self._cuts = [0, *(boundary.depth for boundary in boundaries), adapter.num_layers]
         self._pools = KVCache(
             adapter.kv_shapes,
             num_pages=2 * max(longest, rows_per_launch) // PAGE_SIZE + 2,  # pages of short sequences are half empty
@@ -106,17 +141,32 @@ class Replay:
             dtype=adapter.dtype,
             device=adapter.device,
         )
-        self._fill = KVFill(adapter, self._pools, boundaries, kinds if kv_policy == "fitted" else None)
+        self._fill = KVFill(adapter, self._pools, boundaries, kinds if kv_policy != "copy" else None)
 
     def run(self, examples: Sequence[Example], stops: Stops = nothing_stops) -> Replayed:
         """The judged rows of all examples, in order."""
-        parts = []
+        return self.run_all(examples, [stops])[0]
+
+    def run_all(
+        self, examples: Sequence[Example], variants: Sequence[Stops], progress: Callable[[float], None] | None = None
+    ) -> list[Replayed]:
+        """As ``run`` for each of ``variants``, in the same launches; what they have in common runs once.
+
+        ``progress`` gets the share of the sequences that are done.
+        """
+        parts: list[list[Replayed]] = [[] for _ in variants]
         first_sequence = first_row = 0
         for batch in self._batches(examples):
-            parts.append(self._launch(batch, first_sequence, first_row, stops))
+            for part, replayed in zip(parts, self._launch(batch, first_sequence, first_row, variants), strict=True):
+                part.append(replayed)
             first_sequence += len(batch)
             first_row += sum(len(example.token_ids) for example in batch)
-        return Replayed(*(np.concatenate([getattr(p, name) for p in parts]) for name in Replayed.__slots__))
+            if progress is not None:
+                progress(first_sequence / len(examples))
+        return [
+            Replayed(*(np.concatenate([getattr(p, name) for p in part]) for name in Replayed.__slots__))
+            for part in parts
+        ]
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
         limit = self._pools.num_pages
@@ -131,47 +181,91 @@ class Replay:
         return -(-len(example.token_ids) // PAGE_SIZE)
 
     @torch.inference_mode()
-    def _launch(self, batch: Sequence[Example], first_sequence: int, first_row: int, stops: Stops) -> Replayed:
+    def _launch(
+        self, batch: Sequence[Example], first_sequence: int, first_row: int, variants: Sequence[Stops]
+    ) -> list[Replayed]:
+        rows, spans = _rows(batch, first_sequence, first_row), self._spans(batch)
+        num_rows = len(rows.positions)
+        nothing, full = np.full(num_rows, -1), np.full(num_rows, self._adapter.num_layers)
+        flow = self._run_stage(rows, np.arange(num_rows), spans, nothing, full, None, 0)
+        results: dict[int, Replayed] = {}
+        self._part(flow, 0, dict(enumerate(variants)), results)
+        return [results[number] for number in range(len(variants))]
+
+    def _run_stage(
+        self,
+        rows: ReplayRows,
+        left: np.ndarray,
+        spans: list[RowSpan],
+        choices: np.ndarray,
+        depths: np.ndarray,
+        hidden: Tensor | None,
+        stage: int,
+    ) -> _Flow:
+        """Run the rows ``left`` through a stage. ``hidden``: their states before it; None: the embeddings."""
         adapter = self._adapter
-        rows = _rows(batch, first_sequence, first_row)
-        spans = self._spans(batch)
-        choices = np.full(len(rows.positions), -1)
-        depths = np.full(len(rows.positions), adapter.num_layers)
-        is_judged = rows.positions >= rows.first_judged
-        left = np.arange(len(rows.positions))  # rows that are still in the launch
-        hidden: Tensor | None = None
-        cuts = [0, *(boundary.depth for boundary in self._boundaries), adapter.num_layers]
-        for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
-            launch = build_rows(spans, PAGE_SIZE, adapter.device, by_row=attends_by_row(adapter.device, adapter.dtype))
-            cache = LaunchCache(self._pools, launch)
-            embedded, calls = adapter.prologue(launch.token_ids, launch.positions, cache)
-            hidden = embedded if hidden is None else hidden
-            for layer in range(begin, end):
-                hidden = adapter.run_layer(layer, hidden, calls[layer], cache)
-            if end == adapter.num_layers:
-                break
-            states = unit_rms(hidden[0])
-            stopping = stops(number, states, rows.take(left)) & (choices[left] < 0)
-            index = torch.from_numpy(np.flatnonzero(stopping)).to(adapter.device)
-            boundary = self._boundaries[number]
-            depths[left[stopping]] = boundary.depth
-            chooses = np.flatnonzero(stopping & is_judged[left])
-            choices[left[chooses]] = self._choices(boundary.head(states[torch.from_numpy(chooses).to(states.device)]))
-            if self._kv_policy == "deferred" or not stopping.any():
-                continue
-            if self._kv_policy == "copy":
-                self._fill.copied(number, hidden[0, index], launch, index)
-            else:
-                self._fill.fitted(number, states[index], launch, index, calls)
-            hidden = hidden[:, torch.from_numpy(~stopping).to(adapter.device)]
-            spans = _selected(spans, ~stopping)
-            left = left[~stopping]
+        launch = build_rows(spans, PAGE_SIZE, adapter.device, by_row=attends_by_row(adapter.device, adapter.dtype))
+        cache = LaunchCache(self._pools, launch)
+        embedded, calls = adapter.prologue(launch.token_ids, launch.positions, cache)
+        hidden = embedded if hidden is None else hidden
+        for layer in range(self._cuts[stage], self._cuts[stage + 1]):
+            hidden = adapter.run_layer(layer, hidden, calls[layer], cache)
+        return _Flow(rows, left, spans, choices, depths, hidden, unit_rms(hidden[0]), launch, calls)
+
+    def _part(self, flow: _Flow, number: int, variants: dict[int, Stops], results: dict[int, Replayed]) -> None:
+        """Take a launch on from boundary ``number``: variants that stop the same rows there go on together.
+
+        One after the other, each to its end: what an earlier one left in the pages of deeper layers is replaced.
+        """
+        if number == len(self._boundaries):
+            ended = self._ended(flow)
+            results |= dict.fromkeys(variants, ended)
+            return
+        groups: dict[bytes, tuple[np.ndarray, dict[int, Stops]]] = {}
+        for variant, stops in variants.items():
+            stopping = stops(number, flow.states, flow.rows.take(flow.left)) & (flow.choices[flow.left] < 0)
+            groups.setdefault(stopping.tobytes(), (stopping, {}))[1][variant] = stops
+        for stopping, members in groups.values():
+            choices, depths, kept = self._stop(flow, number, stopping)
+            left = flow.left[kept]
             if not len(left):
-                break
-        if len(left) and hidden is not None:
-            chooses = np.flatnonzero(is_judged[left] & (choices[left] < 0))
-            choices[left[chooses]] = self._choices(hidden[0, torch.from_numpy(chooses).to(adapter.device)])
-        return Replayed(choices[is_judged], depths[is_judged], rows.is_generated[is_judged], rows.sequences[is_judged])
+                ended = self._ended(replace(flow, left=left, choices=choices, depths=depths))
+                results |= dict.fromkeys(members, ended)
+                continue
+            hidden = flow.hidden if kept.all() else flow.hidden[:, torch.from_numpy(kept).to(flow.hidden.device)]
+            spans = _selected(flow.spans, kept)
+            onward = self._run_stage(flow.rows, left, spans, choices, depths, hidden, number + 1)
+            self._part(onward, number + 1, members, results)
+
+    def _stop(self, flow: _Flow, number: int, stopping: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Let rows choose and leave: choices and depths of all rows, and which of those left go on (bool ``[n]``)."""
+        boundary, states = self._boundaries[number], flow.states
+        choices, depths = flow.choices.copy(), flow.depths.copy()
+        depths[flow.left[stopping]] = boundary.depth
+        chooses = np.flatnonzero(stopping & flow.is_judged[flow.left])
+        choices[flow.left[chooses]] = self._choices(boundary.head(states[torch.from_numpy(chooses).to(states.device)]))
+        leaves = stopping
+        if self._kv_policy == "deferred":  # generated rows go on for their K/V
+            leaves = stopping & flow.rows.take(flow.left).is_prompt
+        if leaves.any():
+            index = torch.from_numpy(np.flatnonzero(leaves)).to(states.device)
+            if self._kv_policy == "copy":
+                self._fill.copied(number, flow.hidden[0, index], flow.launch, index)
+            else:
+                self._fill.fitted(number, states[index], flow.launch, index, flow.calls)
+        return choices, depths, ~leaves
+
+    def _ended(self, flow: _Flow) -> Replayed:
+        judged, choices = flow.is_judged, flow.choices.copy()
+        chooses = np.flatnonzero(judged[flow.left] & (choices[flow.left] < 0))
+        if len(chooses):
+            choices[flow.left[chooses]] = self._choices(
+                flow.hidden[0, torch.from_numpy(chooses).to(flow.hidden.device)]
+            )
+        rows = flow.rows
+        return Replayed(
+            choices[judged], flow.depths[judged], rows.is_generated[judged], rows.sequences[judged], flow.depths
+        )
 
     def _choices(self, states: Tensor) -> np.ndarray:
         adapter = self._adapter

@@ -1,12 +1,15 @@
-"""A calibration's figures as a table, and in plain words what the model can gain."""
+"""Figures of calibration and certification as tables, and in plain words what the model can gain."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tide_ray.calibrate.certify import Certification
+from tide_ray.exits.certificates import Certificate
 from tide_ray.exits.checkpoint import Routers
 
 MIN_CEILING = 1.01
@@ -49,6 +52,68 @@ def print_report(console: Console, routers: Routers, output: str) -> None:
     console.print(verdict(metrics, routers.depths))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in metrics["seconds"].items())
     console.print(f"{seconds}; written to {output}")
+
+
+def print_certificates(console: Console, certification: Certification, folder: str) -> None:
+    """What was certified, one row for each epsilon, and the guarantees in words."""
+    certificates = certification.certificates
+    table = Table(title=f"certified settings at delta {certificates[0].delta:g}", title_justify="left")
+    for name in ("epsilon", "thresholds", "prefill", "mean loss", "p-value", "exits", "prompt", "saved", "ceiling"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in certificates:
+        table.add_row(*_certificate_cells(one))
+    console.print(table)
+    console.print(
+        f"on {certificates[0].num_prompts:,} prompts, {len(certification.tested)} settings tested. exits: share of "
+        "generated tokens; prompt: of prompt tokens; saved: of all layer runs; ceiling: if skipping were free"
+    )
+    for one in certificates:
+        console.print(f"{one.epsilon:g}: {one.guarantee}")
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in certification.seconds.items())
+    console.print(f"{seconds}; written to {folder}")
+
+
+def _certificate_cells(one: Certificate) -> tuple[str, ...]:
+    if not one.has_exits:
+        return (f"{one.epsilon:g}", "full depth", *[""] * 7)
+    return (
+        f"{one.epsilon:g}",
+        ", ".join("-" if threshold is None else f"{threshold:.3f}" for threshold in one.thresholds),
+        "-" if one.prefill_threshold is None else f"{one.prefill_threshold:.4f}",
+        f"{one.mean_loss:.3%}",
+        f"{one.p_value:.2g}",
+        f"{one.exit_share:.1%}",
+        f"{one.prefill_exit_share:.1%}",
+        f"{one.saving:.1%}",
+        f"{1 / (1 - one.saving):.2f}",
+    )
+
+
+def print_evaluation(console: Console, facts: dict[str, Any]) -> None:
+    """Every setting on prompts that it was not chosen on."""
+    table = Table(title=f"{facts['prompts']:,} prompts against full depth, 95 % intervals", title_justify="left")
+    for name in ("setting", "disagreement", "same answers", "right answers", "depth", "prompt", "ceiling"):
+        table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=name != "setting")
+    for row in facts["variants"]:
+        shares = ("disagreement", "identical_answers", "right_answers")
+        table.add_row(
+            row["name"],
+            *(_percent(row[name]) if name in row else "-" for name in shares),
+            f"{row['mean_depth']:.1f}" if "mean_depth" in row else "-",
+            f"{row['prompt_rows_stopped']:.0%}" if "prompt_rows_stopped" in row else "-",
+            f"{row['ceiling_in_layers']:.2f}" if "ceiling_in_layers" in row else "-",
+        )
+    console.print(table)
+    console.print(
+        "disagreement: share of an answer's tokens unlike full depth's, made to follow full depth's answer, mean over "
+        "prompts; full depth again: against itself in other batches; prompt: share of its tokens that stopped; "
+        "ceiling: if skipping were free"
+    )
+
+
+def _percent(interval: Sequence[float]) -> str:
+    mean, low, high = (100 * share for share in interval)
+    return f"{mean:.2f} % ({low:.1f}-{high:.1f})"
 
 
 def verdict(metrics: dict[str, Any], depths: tuple[int, ...]) -> str:

@@ -21,6 +21,8 @@ from tide_ray.data.progress import ProgressBar
 from tide_ray.data.reports import Reports
 from tide_ray.data.run_facts import job_fields, prefix_hit_rate, print_summary, software_versions
 from tide_ray.data.snapshot import Snapshot, write_snapshot
+from tide_ray.exits.certificates import pick
+from tide_ray.exits.checkpoint import read_certificates
 from tide_ray.types import UserError
 
 EXIT_OK = 0
@@ -45,6 +47,7 @@ def run_generate(config: GenerateJobConfig, console: Console | None = None) -> i
     """
     config.sampling_params()
     config.engine_config()
+    _check_certified(config)
     folder = JobFolder(config.output)
     folder.create()
     with locked(folder.path):
@@ -53,6 +56,21 @@ def run_generate(config: GenerateJobConfig, console: Console | None = None) -> i
             return _run_locked(config, folder, console or Console(stderr=True))
         finally:
             folder.clear_uncommitted()
+
+
+def _check_certified(config: GenerateJobConfig) -> None:
+    """Refuse a job that its checkpoint's certificate does not hold for. Rows' own parameters are checked as they run.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if config.max_disagreement is None or config.exits is None:
+        return
+    certificate = pick(read_certificates(config.exits), config.max_disagreement, config.certified_loss)
+    certificate.check_request(config.sampling_params())
+    for name, value in (("kv_policy", config.kv_policy), ("dtype", config.dtype)):
+        if value not in (None, "auto", certified := certificate.fingerprint[name]):
+            raise UserError(f"{name}: max_disagreement is certified for {certified!r} only, got {value!r}")
 
 
 def default_rows_per_part(num_rows: int, batch_size: int) -> int:

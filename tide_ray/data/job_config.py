@@ -22,9 +22,9 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 ENGINE_FIELDS = (
     "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
-    "policy", "exits", "exit_threshold", "exit_error", "exit_min_depth", "exits_when", "confidence_measure", "capacity",
-    "kv_policy", "prefill_share", "prefill_tail", "exit_layer", "skip_layers", "static_cost", "compile", "cuda_graphs",
-    "async_scheduling", "num_threads", "prefix_caching",
+    "policy", "exits", "exit_threshold", "exit_error", "max_disagreement", "certified_loss", "exit_min_depth",
+    "exits_when", "confidence_measure", "capacity", "kv_policy", "prefill_share", "prefill_tail", "exit_layer",
+    "skip_layers", "static_cost", "compile", "cuda_graphs", "async_scheduling", "num_threads", "prefix_caching",
 )  # fmt: skip
 
 
@@ -79,6 +79,10 @@ class GenerateJobConfig(BaseModel):
     exit_error: float | None = Field(
         default=None, description="use the thresholds calibrated for this error among exits; default 0.02"
     )
+    max_disagreement: float | None = Field(
+        default=None, description="use the settings certified for at most this share of tokens unlike full depth's"
+    )
+    certified_loss: str = Field(default="tokens", description="what that bounds: tokens, answers or task")
     exit_min_depth: int = Field(default=0, description="tokens exit only after at least this many layers")
     exits_when: str = Field(default="pays", description="pays: only where exits save time; always")
     confidence_measure: str = Field(default="probability", description="probability, margin or entropy")

@@ -18,7 +18,7 @@ from tide_kernels import gpu
 from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
-from tide_ray.engine.exit_setup import describe_exits, exit_rules, install_exits, load_routers
+from tide_ray.engine.exit_setup import certificate_of, describe_exits, exit_rules, install_exits, load_routers
 from tide_ray.engine.launch import Launch
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.prefix_cache import PrefixCache
@@ -59,6 +59,8 @@ class TideEngine:
             return_freed_memory()
             keep_freed_memory()
         routers = load_routers(config, model, adapter) if routers is None else routers
+        certificate = certificate_of(config, routers)
+        stops_as_certified = certificate is not None and certificate.prefill_threshold is not None
         stages = plan_stages(config, adapter.num_layers, routers.depths if routers is not None else ())
         if config.selfcheck:
             selfcheck(adapter)
@@ -71,7 +73,7 @@ class TideEngine:
         with missing_kernels_as_user_errors():
             pools, graphs = memory_and_graphs(config, adapter, stages, plan)
         self.scheduler = Scheduler(
-            PrefixCache(plan.num_pages, config.page_size, is_on=config.prefix_caching),
+            PrefixCache(plan.num_pages, config.page_size, is_on=config.prefix_caching and not stops_as_certified),
             max_residents=plan.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
             full_depth=stages[-1].depth,
@@ -279,7 +281,7 @@ class TideEngine:
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "num_kv_pages": self.num_kv_pages,
             "page_size": config.page_size,
-            "prefix_caching": config.prefix_caching,
+            "prefix_caching": self.scheduler.pool.is_on,
             "num_threads": torch.get_num_threads(),
         }
 

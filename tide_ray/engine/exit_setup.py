@@ -13,6 +13,7 @@ from tide_ray.engine.measure import measure_costs
 from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.sequence import NO_EXITS, ExitRules
+from tide_ray.exits.certificates import Certificate, pick
 from tide_ray.exits.checkpoint import Boundary, Routers, fingerprint_of
 from tide_ray.exits.policies import CapacityExits, ExitPolicy, ScoredExits, Scorer
 from tide_ray.exits.rotary import find_rotary
@@ -21,6 +22,8 @@ from tide_ray.models.load import LoadedModel
 from tide_ray.types import EngineStats, SamplingParams, UserError
 
 NEVER = math.inf
+_OF_THE_ENGINE = SamplingParams(temperature=0, max_tokens=1)
+"""Stands for a request without wishes of its own."""
 
 
 def load_routers(config: EngineConfig, model: LoadedModel, adapter: Adapter) -> Routers | None:
@@ -50,7 +53,7 @@ def install_exits(config: EngineConfig, routers: Routers, runner: Runner, max_nu
         UserError: the checkpoint lacks something that the configuration asks for.
     """
     exits = build_exits(config, routers, runner.adapter, runner.pools, runner.stats)
-    rules = exit_rules(config, routers, SamplingParams())
+    rules = exit_rules(config, routers, _OF_THE_ENGINE)
     shares = [b.exit_share(t) for b, t in zip(routers.boundaries, rules.thresholds, strict=True)]
     if config.capacity is not None:
         shares = [1 - config.capacity] * len(shares)
@@ -65,13 +68,15 @@ def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner
     exits, planner = runner.exits, runner.planner
     if routers is None or exits is None or planner is None:
         return None
-    thresholds = exit_rules(config, routers, SamplingParams()).thresholds
+    thresholds = exit_rules(config, routers, _OF_THE_ENGINE).thresholds
+    certificate = certificate_of(config, routers)
     return {
         "routers": routers.identity,
         "boundaries": list(routers.depths),
         "thresholds": [None if math.isinf(threshold) else threshold for threshold in thresholds],
         "kv_policy": exits.kv_policy,
         "prefill_thresholds": exits.prefill_thresholds,
+        "certificate": None if certificate is None else certificate.to_json(),
         "exits_when": config.exits_when,
         "exit_shares": [round(share, 4) for share in planner.shares],
         "boundaries_on": list(planner.current.is_on),
@@ -98,6 +103,9 @@ def build_exits(
     if kv_policy == "fitted" and not has_fitted:
         raise UserError("kv_policy: this checkpoint has no KV heads for this model, got 'fitted'")
     prefill: list[float | None] = [None] * len(routers.boundaries)
+    certificate = certificate_of(config, routers)
+    if certificate is not None:
+        prefill = [certificate.prefill_threshold] * len(prefill)
     if config.prefill_share is not None:
         if not has_fitted or not all(b.prefill_gate is not None and b.prefill_quantiles for b in routers.boundaries):
             raise UserError(f"prefill_share: this checkpoint has no prefill gate, got {config.prefill_share!r}")
@@ -130,6 +138,13 @@ def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingPa
             if value is not None and (name, value) != ("exit_policy", "full"):
                 raise UserError(f"{name} needs an engine with exits (a router checkpoint), got {value!r}")
         return NO_EXITS
+    certificate = certificate_of(config, routers)
+    if certificate is not None:
+        certificate.check_request(params)
+        if params.exit_policy == "full":
+            return ExitRules((NEVER,) * len(routers.boundaries))
+        setting = certificate.setting
+        return ExitRules(setting.thresholds, prompt_exits=setting.prefill_threshold is not None)
     policy = params.exit_policy or ("router" if config.policy == "auto" else config.policy)
     min_depth = config.exit_min_depth if params.exit_min_depth is None else params.exit_min_depth
     given = config.exit_threshold if params.exit_threshold is None else params.exit_threshold
@@ -144,6 +159,22 @@ def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingPa
     # The engine's own policy may be full with a prefill share; a request that asks for full means its prompt as well.
     prompt_exits = config.prefill_share is not None and params.exit_policy != "full"
     return ExitRules(tuple(thresholds), "confidence" if policy == "confidence" else "router", prompt_exits)
+
+
+def certificate_of(config: EngineConfig, routers: Routers | None) -> Certificate | None:
+    """The certificate that the configuration asks for; None when it asks for none.
+
+    Raises:
+        UserError: there is none for it, or the configuration differs from what was certified.
+    """
+    if config.max_disagreement is None or routers is None:
+        return None
+    certificate = pick(routers.certificates, config.max_disagreement, config.certified_loss)
+    if certificate.prefill_threshold is not None and config.prefill_tail != certificate.prefill_tail:
+        raise UserError(
+            f"prefill_tail: max_disagreement is certified for {certificate.prefill_tail}, got {config.prefill_tail}"
+        )
+    return certificate
 
 
 def calibrated_threshold(boundary: Boundary, error: float | None) -> float:

@@ -1,7 +1,8 @@
 """Router checkpoints: a folder with ``routers.safetensors`` and ``routers.json``. Nothing in it is executable.
 
 ``Routers.load`` refuses a checkpoint that was made for another model, dtype, K/V policy or chat template, naming the
-field that differs, because thresholds hold for what they were calibrated on only.
+field that differs, because thresholds hold for what they were calibrated on only. Certificates, where there are any,
+are part of ``routers.json``: readers that do not know them see a checkpoint without.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tide_ray.exits.certificates import Certificate
 from tide_ray.exits.gates import Gate, PrefillGate
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, gate_for_inference
 from tide_ray.models.adapter import KVShape
@@ -91,11 +93,13 @@ class RouterFacts:
 
 @dataclass(slots=True)
 class Routers:
-    """Everything calibrated for one model, the shallowest boundary first."""
+    """Everything calibrated for one model, the shallowest boundary first, and what of it is certified."""
 
     boundaries: list[Boundary]
     facts: RouterFacts
     identity: str = ""
+    certificates: list[Certificate] = field(default_factory=list)
+    certification: dict[str, Any] = field(default_factory=dict)  # figures of the run that made them
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -132,7 +136,7 @@ class Routers:
                 )
             save_file(tensors, unfinished / WEIGHTS_FILE)
             facts = {"format": FORMAT, **asdict(self.facts), "boundaries": entries}
-            (unfinished / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            _write_facts(unfinished / FACTS_FILE, facts)
             if path.exists():
                 shutil.rmtree(path)
             unfinished.rename(path)
@@ -156,13 +160,19 @@ class Routers:
             )
             tensors = load_file(path / WEIGHTS_FILE)
             boundaries = [_boundary(entry, facts, tensors) for entry in raw["boundaries"]]
+            certificates = [Certificate.from_json(entry) for entry in raw.get("certificates", [])]
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"exits: a damaged router checkpoint in {str(path)!r} ({reason})") from None
         depths = [boundary.depth for boundary in boundaries]
         if not depths or depths != sorted(set(depths)) or depths[0] < 1 or depths[-1] >= facts.num_layers:
             raise UserError(f"exits: boundaries must rise and lie inside the model, got {depths} in {str(path)!r}")
-        return cls(boundaries, facts, _identity(path))
+        fingerprint = {name: getattr(facts, name) for name in FINGERPRINT}
+        expected = (len(boundaries), fingerprint, weights_sha256(path) if certificates else "")
+        for certificate in certificates:
+            if (len(certificate.thresholds), certificate.fingerprint, certificate.weights_sha256) != expected:
+                raise UserError(f"exits: a certificate in {str(path)!r} was made for another checkpoint")
+        return cls(boundaries, facts, _identity(path), certificates, raw.get("certification", {}))
 
     def check_made_for(self, expected: Mapping[str, Any]) -> None:
         """Compare the fingerprint.
@@ -174,6 +184,40 @@ class Routers:
             ours = getattr(self.facts, name)
             if ours != expected[name]:
                 raise UserError(f"exits: {name}: routers were made for {ours!r}, this engine has {expected[name]!r}")
+
+
+def add_certificates(
+    folder: str | os.PathLike[str], certificates: Sequence[Certificate], figures: Mapping[str, Any]
+) -> None:
+    """Put certificates into a checkpoint, at once or not at all, with the figures of the run that made them.
+
+    Certificates for the same epsilon and loss are replaced.
+    """
+    path = Path(folder)
+    raw = _read_facts(path)
+    replaced = {(c.epsilon, c.loss) for c in certificates}
+    kept = [entry for entry in raw.get("certificates", []) if (entry["epsilon"], entry["loss"]) not in replaced]
+    raw["certificates"] = [*kept, *(certificate.to_json() for certificate in certificates)]
+    raw["certification"] = dict(figures)
+    unfinished = path / f".{FACTS_FILE}.{os.getpid()}"
+    try:
+        _write_facts(unfinished, raw)
+        unfinished.replace(path / FACTS_FILE)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_certificates(folder: str | os.PathLike[str]) -> list[Certificate]:
+    """The certificates of a checkpoint, without its weights.
+
+    Raises:
+        UserError: the folder is no checkpoint, or they are damaged.
+    """
+    path = Path(folder)
+    try:
+        return [Certificate.from_json(entry) for entry in _read_facts(path).get("certificates", [])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"exits: a damaged certificate in {str(path)!r} ({error})") from None
 
 
 def check_output_folder(path: Path) -> None:
@@ -196,6 +240,13 @@ def fingerprint_of(model: LoadedModel, *, kv_policy: str, num_layers: int, hidde
         "num_layers": num_layers,
         "hidden_size": hidden_size,
     }
+
+
+def _write_facts(file: Path, facts: Mapping[str, Any]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(facts, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -242,14 +293,23 @@ def routers_identity(folder: str | os.PathLike[str]) -> str:
     return _identity(path)
 
 
+def weights_sha256(folder: str | os.PathLike[str]) -> str:
+    """A digest of a checkpoint's weights, which certificates hold for."""
+    return _digest(Path(folder) / WEIGHTS_FILE)
+
+
 def _identity(path: Path) -> str:
     """A digest of both files, for run records."""
+    return _digest(path / FACTS_FILE, path / WEIGHTS_FILE)[:16]
+
+
+def _digest(*files: Path) -> str:
     digest = hashlib.sha256()
-    for name in (FACTS_FILE, WEIGHTS_FILE):
-        with (path / name).open("rb") as stream:
+    for file in files:
+        with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def as_facts(
