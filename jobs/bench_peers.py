@@ -71,7 +71,7 @@ def run_peers(
     return {
         "rounds": rounds,
         **workload_facts(workload, reference, prompts),
-        "checkpoint": checkpoint,
+        "checkpoint": Path(checkpoint).name if checkpoint else None,
         "openvino": version("openvino-genai") if OPENVINO in best else None,
         "roofline": limits,
         "contenders": [contender.facts(base) for contender in contenders],
