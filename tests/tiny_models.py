@@ -134,3 +134,15 @@ def save_tiny_model(arch: str, folder: Path, *, seed: int = 0, with_tokenizer: b
     if with_tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_shallow_model(folder: Path) -> Path:
+    """Save a LLaMA with a tokenizer whose layers past the second do little, so that there is something to skip."""
+    model = build_tiny_model("llama", vocab_size=TOKENIZER_VOCAB_SIZE)
+    with torch.no_grad():
+        for layer in list(model.model.layers)[2:]:
+            layer.self_attn.o_proj.weight.mul_(0.02)
+            layer.mlp.down_proj.weight.mul_(0.02)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -5,6 +5,8 @@ torch and ray are imported only when a job runs, so that help is instant.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -128,12 +130,8 @@ def generate(
     3 finished with rejected rows (see errors/ in the output folder), 1 failed.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    try:
+    with _errors_as_exit_codes():
         raise typer.Exit(_run(given))
-    except UserError as error:
-        _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _run(given: dict[str, Any]) -> int:
@@ -200,7 +198,7 @@ def calibrate(
     goes on where it stopped when the same command runs again. Its exit codes: 0 all models, 1 some failed, 2 usage.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    try:
+    with _errors_as_exit_codes():
         path = given.pop("config", None)
         if "boundaries" in given:
             given["boundaries"] = [_number("boundaries", text) for text in _split(given["boundaries"])]
@@ -223,10 +221,6 @@ def calibrate(
         from tide_ray.calibrate.job import run_calibrate
 
         run_calibrate(settings)
-    except UserError as error:
-        _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _certification_flag(field: str, hint: str = "") -> Any:
@@ -260,7 +254,7 @@ def certify(
 ) -> None:
     """Certify a checkpoint's exits on prompts it has not seen, for ``generate --exits ROUTERS --max-disagreement``."""
     given = {name: value for name, value in locals().items() if value is not None}
-    try:
+    with _errors_as_exit_codes():
         path = given.pop("config", None)
         if "epsilons" in given:
             given["epsilons"] = [_share("epsilons", text) for text in _split(given["epsilons"])]
@@ -269,10 +263,6 @@ def certify(
         from tide_ray.calibrate.job import run_certify
 
         run_certify(settings)
-    except UserError as error:
-        _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _evaluation_flag(field: str, hint: str = "") -> Any:
@@ -304,7 +294,7 @@ def evaluate(
 ) -> None:
     """Compare a checkpoint's certified settings with full depth on prompts that it has not seen."""
     given = {name: value for name, value in locals().items() if value is not None}
-    try:
+    with _errors_as_exit_codes():
         path = given.pop("config", None)
         for name in ("max_disagreements", "exit_errors"):
             if name in given:
@@ -314,10 +304,6 @@ def evaluate(
         from tide_ray.calibrate.job import run_evaluate
 
         run_evaluate(settings)
-    except UserError as error:
-        _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 @app.command("import-tide")
@@ -357,6 +343,17 @@ def doctor() -> None:
 
     for name, finding in report():
         typer.echo(f"{name:<12} {finding}")
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    """A line on stderr and an exit code for what a user got wrong, and for Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _split(text: str) -> list[str]:

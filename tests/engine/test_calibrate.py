@@ -13,22 +13,14 @@ from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
 from tide_ray.calibrate.calibrate import calibrate
 from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.exits.checkpoint import Routers
-from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
+from tiny_models import TOKENIZER_VOCAB_SIZE, save_shallow_model
 
 NUM_PROMPTS = 48
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shallow")
-    model = build_tiny_model("llama", vocab_size=TOKENIZER_VOCAB_SIZE)
-    with torch.no_grad():
-        for layer in list(model.model.layers)[2:]:
-            layer.self_attn.o_proj.weight.mul_(0.02)
-            layer.mlp.down_proj.weight.mul_(0.02)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_shallow_model(tmp_path_factory.mktemp("shallow"))
 
 
 @pytest.fixture(scope="module")

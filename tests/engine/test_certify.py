@@ -22,7 +22,7 @@ from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.replay import nothing_stops
 from tide_ray.exits.certificates import ExitSetting
 from tide_ray.exits.checkpoint import Routers, add_certificates
-from tiny_models import TOKENIZER_VOCAB_SIZE, VOCAB_SIZE, build_tiny_model, tiny_tokenizer
+from tiny_models import TOKENIZER_VOCAB_SIZE, VOCAB_SIZE, build_tiny_model, save_shallow_model
 
 NUM_CALIBRATED, NUM_CERTIFIED = 48, 160
 EPSILONS = [0.05, 0.3]
@@ -31,15 +31,7 @@ MAX_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shallow")
-    model = build_tiny_model("llama", vocab_size=TOKENIZER_VOCAB_SIZE)
-    with torch.no_grad():
-        for layer in list(model.model.layers)[2:]:
-            layer.self_attn.o_proj.weight.mul_(0.02)
-            layer.mlp.down_proj.weight.mul_(0.02)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_shallow_model(tmp_path_factory.mktemp("shallow"))
 
 
 @pytest.fixture(scope="module")

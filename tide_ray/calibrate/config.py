@@ -13,11 +13,23 @@ from tide_ray.exits.certificates import LOSSES
 from tide_ray.types import UserError
 
 
-class CalibrationConfig(BaseModel):
-    """What to calibrate, on what, and where the router checkpoint goes. Without ``prompts`` and ``text``: the bundled
-    demo prompts."""
+class Settings(BaseModel):
+    """What flags, YAML and Python may set, checked as it is built."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """Validate user-given values. Raises UserError for an unknown name or a bad value."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise UserError(first_problem(error, cls)) from None
+
+
+class CalibrationConfig(Settings):
+    """What to calibrate, on what, and where the router checkpoint goes. Without ``prompts`` and ``text``: the bundled
+    demo prompts."""
 
     model: str = Field(default="demo", min_length=1, description="hub id, folder, .gguf file or 'demo'")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
@@ -40,14 +52,6 @@ class CalibrationConfig(BaseModel):
     trust_remote_code: bool = Field(default=False, description="run modelling code that comes with the weights")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads")
 
-    @classmethod
-    def build(cls, values: Mapping[str, Any]) -> CalibrationConfig:
-        """Validate user-given values. Raises UserError for an unknown name or a bad value."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise UserError(first_problem(error, cls)) from None
-
     @model_validator(mode="after")
     def _check(self) -> CalibrationConfig:
         if self.prompts and self.text:
@@ -55,10 +59,8 @@ class CalibrationConfig(BaseModel):
         return self
 
 
-class CheckpointPrompts(BaseModel):
+class CheckpointPrompts(Settings):
     """A router checkpoint and prompts that it has not seen. What is None is as it was for calibration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     routers: str = Field(min_length=1, description="folder of the router checkpoint")
     prompts: list[str] = Field(default_factory=list, description="files, folders or data sets nothing was fitted to")
@@ -73,14 +75,6 @@ class CheckpointPrompts(BaseModel):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(default=False, description="run modelling code that comes with the weights")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads")
-
-    @classmethod
-    def build(cls, values: Mapping[str, Any]) -> Self:
-        """Validate user-given values. Raises UserError for an unknown name or a bad value."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise UserError(first_problem(error, cls)) from None
 
 
 class CertificationConfig(CheckpointPrompts):
