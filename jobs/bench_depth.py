@@ -107,6 +107,7 @@ def run_depth(
         shapes = full.runner.adapter.kv_shapes
         exiting = TideEngine(loaded, config, forced_routers(loaded, scenario.depth, shapes))
         assert exiting.runner.exits is not None
+        exiting.runner.exits.policy = ForcedExits([scenario.share])  # costs are those of the policy that will run
         context = PROMPT_TOKENS + tokens
         costs = measure_costs(exiting.runner, exiting.runner.exits, max(residents), context=context)
         rows = [_measure(full, exiting, costs, scenario, count, rounds, tokens) for count in residents]

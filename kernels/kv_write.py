@@ -1,18 +1,22 @@
 """Writes K and V of packed rows into their pages: of one layer, or of many at once with K normalised and rotated.
 
-``write_kv`` chooses: a Numba kernel on a CPU where rows lie in memory one after another and on a GPU, the torch
-reference elsewhere. All only copy, so they agree bit for bit. ``write_kv_layers`` is a kernel on GPUs.
+Both choose: a Numba kernel on a CPU where rows lie in memory one after another and on a GPU, the torch reference
+elsewhere. ``write_kv`` only copies, so all agree bit for bit; K are turned with torch's roundings on a CPU.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from numba import prange
 from torch import Tensor
 
 from tide_kernels import gpu
-from tide_kernels.cpu import jit, with_whole_heads
+from tide_kernels.cpu import PARALLEL_FROM, is_for_kernels, jit, launch, with_whole_heads
+from tide_kernels.layer_vectors import turn_halves
 from tide_kernels.vectors import copy_bytes, int64_at
 
 LAYOUTS = ("half", "interleaved")
@@ -101,6 +105,19 @@ def write_kv_layers(
         from tide_kernels.cuda.kv_write import write_kv_cuda
 
         write_kv_cuda(key_pools, value_pools, page_numbers, offsets, keys, values, rotation, norm)
+    elif norm is None and _are_for_the_cpu(key_pools, value_pools, page_numbers, offsets, keys, values, rotation):
+        turned = 0 if rotation is None else head_dim // 2
+        tables = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
+        size = keys.element_size()
+        launch(
+            _write_layers(turned, size),
+            (key_pools.data_ptr(), value_pools.data_ptr()),
+            (page_numbers.data_ptr(), offsets.data_ptr()),
+            (keys.data_ptr(), values.data_ptr(), keys.stride(0) * size, keys.stride(1) * size),
+            tables,
+            tuple(keys.shape),
+            (key_pools.shape[1], key_pools.shape[3]),
+        )
     else:
         write_kv_layers_reference(
             key_pools, value_pools, page_numbers, offsets, keys, values, rotation=rotation, norm=norm
@@ -164,6 +181,67 @@ def write_kv(
         copy_rows(*pools, *places, *rows, len(page_numbers), num_heads, page_size, head_dim * size)
     else:
         write_kv_reference(key_pages, value_pages, page_numbers, offsets, key, value)
+
+
+def _are_for_the_cpu(
+    key_pools: Tensor,
+    value_pools: Tensor,
+    page_numbers: Tensor,
+    offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotation: Rotation | None,
+) -> bool:
+    """Whether the CPU kernel takes these: whole heads turned by halves, rows and layers at even steps."""
+    head_dim = keys.shape[-1]
+    tables: tuple[Tensor, ...] = ()
+    if rotation is not None:
+        tables = rotation.cos, rotation.sin
+        if rotation.layout != "half" or rotation.cos.shape[-1] != head_dim:
+            return False
+    return (
+        is_for_kernels(keys, values, key_pools, value_pools, *tables)
+        and keys.stride() == values.stride()
+        and keys.stride()[2:] == (head_dim, 1)
+        and all(t.is_contiguous() for t in (key_pools, value_pools, page_numbers, offsets, *tables))
+    )
+
+
+@functools.cache
+def _write_layers(half: int, item_bytes: int) -> Callable[..., None]:
+    """The kernel over addresses, for heads of ``2 * half`` channels to be turned, or any that are not (0)."""
+    alone, together = (_write_all(half, item_bytes, is_parallel=is_parallel) for is_parallel in (False, True))
+
+    @jit(nogil=True)
+    def write(pools, places, rows, tables, shape, pool_shape):  # type: ignore[no-untyped-def]
+        if 2 * shape[0] * shape[1] * shape[2] * shape[3] < PARALLEL_FROM:
+            alone(pools, places, rows, tables, shape, pool_shape)
+        else:
+            together(pools, places, rows, tables, shape, pool_shape)
+
+    return write
+
+
+def _write_all(half: int, item_bytes: int, *, is_parallel: bool) -> Callable[..., None]:
+    @jit(parallel=is_parallel, nogil=True, boundscheck=False)
+    def write_all(pools, places, rows, tables, shape, pool_shape):  # type: ignore[no-untyped-def]
+        (key_pools, value_pools), (page_numbers, offsets), (cos, sin) = pools, places, tables
+        keys, values, row_step, layer_step = rows
+        num_rows, num_layers, num_heads, head_dim = shape
+        num_pages, page_size = pool_shape
+        size = head_dim * item_bytes
+        for row in prange(num_rows):
+            first = int64_at(page_numbers, row) * num_heads * page_size + int64_at(offsets, row)
+            for layer in range(num_layers):
+                for head in range(num_heads):
+                    source = row * row_step + layer * layer_step + head * size
+                    place = (layer * num_pages * num_heads * page_size + first + head * page_size) * size
+                    copy_bytes(keys + source, key_pools + place, size)
+                    copy_bytes(values + source, value_pools + place, size)
+                    if half:  # in the page, so that the given rows stay as they are
+                        turn_halves(key_pools + place, cos + row * size, sin + row * size, half, item_bytes)
+
+    return write_all
 
 
 def _check_rotation(rotation: Rotation, keys: Tensor) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tide_kernels.kv_write import write_kv, write_kv_reference
+from tide_kernels.kv_write import (
+    Rotation,
+    write_kv,
+    write_kv_layers,
+    write_kv_layers_reference,
+    write_kv_reference,
+)
 
 NUM_PAGES, NUM_HEADS, PAGE_SIZE, WIDTH = 7, 3, 4, 6
 
@@ -40,3 +46,28 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_written() -> None:
     with pytest.raises(ValueError, match="dtypes differ"):
         write_kv(pages[0], pages[1], at, at, rows.bfloat16(), rows)
     assert not pages.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", [1, 5, 90])
+@pytest.mark.parametrize(("layout", "turned"), [(None, 0), ("half", 16), ("half", 8), ("interleaved", 16)])
+def test_many_layers_at_once_are_turned_as_the_reference_turns_them(dtype, num_rows: int, layout, turned: int) -> None:
+    num_layers, num_heads, head_dim = 4, 3, 16
+    generator = torch.Generator().manual_seed(num_rows)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    flat = random(num_rows, num_layers * 2 * num_heads * head_dim)  # as a KV head gives them
+    both = flat.unflatten(1, (num_layers, 2, num_heads, head_dim))
+    given = flat.clone()
+    before = random(2, num_layers + 1, 30, num_heads, 4, head_dim)
+    places = torch.randperm(30 * 4, generator=generator)[:num_rows]
+    rotation = None if layout is None else Rotation(random(num_rows, turned), random(num_rows, turned), layout)
+    actual, expected = before.clone(), before.clone()
+    arguments = places // 4, places % 4, both[:, :, 0], both[:, :, 1]
+    write_kv_layers(actual[0, 1:], actual[1, 1:], *arguments, rotation=rotation)
+    write_kv_layers_reference(expected[0, 1:], expected[1, 1:], *arguments, rotation=rotation)
+    assert not torch.equal(actual, before)
+    assert torch.equal(actual, expected)
+    assert torch.equal(flat, given)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_HOLD = 8
-MIN_GAIN = 1.04
-"""A boundary is used only when the model promises this much over leaving it off: promises came out up to 5 % too high,
-and small ones ended below full depth."""
+MIN_GAIN = 1.02
+"""A boundary is used only when the model promises this much over leaving it off: promises come out up to 2 % too high,
+and smaller ones would end below full depth."""
 
 
 @dataclass(frozen=True, slots=True)

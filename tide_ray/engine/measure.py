@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from functools import partial
 
 import numpy as np
@@ -12,14 +13,17 @@ import torch
 
 from tide_ray.engine.boundaries import BoundaryExits
 from tide_ray.engine.cost_model import CostCurve, EngineCosts
-from tide_ray.engine.flow import Flow
-from tide_ray.engine.rows import LaunchCache, RowSpan, build_rows
+from tide_ray.engine.flow import Arrivals, Flow
+from tide_ray.engine.lanes import ASKED, Lane
+from tide_ray.engine.rows import RowSpan
 from tide_ray.engine.runner import Runner
-from tide_ray.exits.policies import Candidates
+from tide_ray.engine.sequence import ExitRules, Sequence
+from tide_ray.exits.policies import Candidates, ExitPolicy, Verdict
 from tide_ray.exits.readouts import unit_rms
+from tide_ray.types import EngineStats, SamplingParams
 
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
-REPEATS = 3
+REPEATS = 5
 CONTEXT = 192
 """Tokens that each row attends to while measuring."""
 
@@ -35,6 +39,14 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
     gates: list[list[float]] = [[] for _ in exits.boundaries]
     leaving: list[list[float]] = [[] for _ in exits.boundaries]
     head: list[float] = []
+    trial = BoundaryExits(
+        exits.boundaries,
+        _FirstStops(exits.policy),
+        exits.fill,
+        EngineStats(rows_through_layer=[0] * runner.adapter.num_layers),
+        kv_policy=exits.kv_policy,
+        prefill_thresholds=[None] * len(exits.boundaries),
+    )
     longest = max(range(len(runner.stages)), key=lambda index: len(runner.stages[index].layers))
     for size in sizes:
         flow = _launch_of(runner, size, context)
@@ -47,10 +59,12 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
         one_row = _launch_of(runner, 1, context)
         between = partial(_run, runner, longest, one_row, states[:1])
         for number in range(len(exits.boundaries)):
-            ask = partial(_gate, runner, exits, number, states, context)
+            part = partial(_part, runner, trial, number, states, flow)
+            leave_alone = partial(_exit, exits, number, states[:1], one_row)
             leave = partial(_exit, exits, number, states, flow)
-            gates[number].append(_medians(runner, [between, ask])[1])
-            leaving[number].append(_medians(runner, [between, leave])[1])
+            _, parted, _, left_alone, _, left = _medians(runner, [between, part, between, leave_alone, between, leave])
+            gates[number].append(max(parted - left_alone, 0.0))
+            leaving[number].append(left)
         head.append(_medians(runner, [between, partial(_head, runner, states)])[1])
     return EngineCosts(
         stages=tuple(CostCurve(sizes, tuple(seconds)) for seconds in stages),
@@ -60,6 +74,16 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
     )
 
 
+class _FirstStops:
+    """Asks a policy for the time that it takes; then the first row stops, so that a launch of the others is made."""
+
+    def __init__(self, policy: ExitPolicy) -> None:
+        self._policy = policy
+
+    def decide(self, rows: Candidates) -> Verdict:
+        return Verdict(np.arange(len(rows.thresholds)) == 0, self._policy.decide(rows).scores)
+
+
 def _launch_of(runner: Runner, size: int, context: int) -> Flow:
     """``size`` decode rows, each over pages of its own as far as there are enough."""
     pools, graphs = runner.pools, runner.graphs
@@ -67,13 +91,14 @@ def _launch_of(runner: Runner, size: int, context: int) -> Flow:
     if graphs is not None:
         context = min(context, graphs.max_pages * pools.page_size)
     pages_each = -(-context // pools.page_size)
-    spans = [
-        RowSpan.run([1], context - 1, (np.arange(pages_each) + row * pages_each) % pools.num_pages, is_decode=True)
-        for row in range(size)
-    ]
-    rows = build_rows(spans, pools.page_size, runner.adapter.device)
-    cache = LaunchCache(pools, rows)
-    return Flow([], rows, cache, partial(runner.adapter.prologue, rows.token_ids, rows.positions, cache))
+    rules = ExitRules((0.0,) * len(runner.stages))
+    lanes = []
+    for row in range(size):
+        pages = (np.arange(pages_each) + row * pages_each) % pools.num_pages
+        span = RowSpan.run([1], context - 1, pages, is_decode=True)
+        sequence = Sequence("", 0, [1], SamplingParams(), row, frozenset(), 1, 0, exit_rules=rules)
+        lanes.append(Lane(sequence, span, np.array([ASKED], dtype=np.int32), samples=True))
+    return runner.prepared(lanes)
 
 
 def _run(runner: Runner, index: int, flow: Flow, states: torch.Tensor) -> None:
@@ -81,14 +106,14 @@ def _run(runner: Runner, index: int, flow: Flow, states: torch.Tensor) -> None:
     runner.run_stage(index, flow)
 
 
-def _gate(runner: Runner, exits: BoundaryExits, number: int, hidden: torch.Tensor, context: int) -> None:
-    """Asking a boundary, and making the launch of the rows that go on."""
-    states, size = unit_rms(hidden), len(hidden)
-    rows = Candidates(number, states, np.full(size, 2.0), ["router"] * size, [(0, 0)] * size)
-    exits.policy.decide(rows)
-    flow = _launch_of(runner, size, context)
-    if runner.graphs is None:
-        flow.start()
+def _part(runner: Runner, trial: BoundaryExits, number: int, hidden: torch.Tensor, flow: Flow) -> None:
+    """Asking a boundary, one exit, and making the launch of the rows that go on."""
+    flow.hidden = hidden
+    goes_on, _ = trial.split(number, flow, is_on=True)
+    if isinstance(goes_on, Arrivals):
+        goes_on = runner.prepared(goes_on.lanes, goes_on.hidden)
+    if goes_on is not None and runner.graphs is None:
+        _ = goes_on.calls  # made when asked for, as its stage does
 
 
 def _exit(exits: BoundaryExits, number: int, hidden: torch.Tensor, flow: Flow) -> None:
@@ -105,7 +130,7 @@ def _head(runner: Runner, hidden: torch.Tensor) -> None:
     runner.adapter.head(runner.adapter.final_norm(hidden[None])).argmax(-1)
 
 
-def _medians(runner: Runner, turns: Sequence[Callable[[], object]]) -> list[float]:
+def _medians(runner: Runner, turns: Seq[Callable[[], object]]) -> list[float]:
     """Median seconds of each of ``turns``, which run in order a few times, after one round that warms up."""
     is_cuda = runner.adapter.device.type == "cuda"
     seconds: list[list[float]] = [[] for _ in turns]

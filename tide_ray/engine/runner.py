@@ -80,7 +80,7 @@ class Runner:
         """
         lanes = [scheduled_lane(span, self.adapter.num_layers, self._prefill_tail) for span in spans]
         is_on, probes = self._plan(lanes)
-        arrived: Flow | Arrivals | None = self._prepared(lanes, ahead=ahead) if lanes else None
+        arrived: Flow | Arrivals | None = self.prepared(lanes, ahead=ahead) if lanes else None
         leaving: list[Leaving] = []
         for index in range(len(self.stages)):
             flow = self._enter(index, arrived, must_launch=not spans)
@@ -153,9 +153,9 @@ class Runner:
         self.planner.launched(index)
         has_pending = any(lane.sequence.pending for lane in lanes)
         if arrived is not None and not waiting and not has_pending:
-            return arrived if isinstance(arrived, Flow) else self._prepared(arrived.lanes, arrived.hidden)
+            return arrived if isinstance(arrived, Flow) else self.prepared(arrived.lanes, arrived.hidden)
         merged = self._merged(index, arrived, waiting)
-        return self._prepared(merged.lanes, merged.hidden)
+        return self.prepared(merged.lanes, merged.hidden)
 
     def _hold(self, index: int, flow: Flow | Arrivals) -> None:
         """Keep every lane's states until stage ``index`` is launched."""
@@ -198,7 +198,7 @@ class Runner:
         order = upload_one(np.concatenate([rows for _, rows in entries]), self._states.device)
         return Arrivals([lane for lane, _ in entries], torch.cat(sources)[order])
 
-    def _prepared(self, lanes: list[Lane], hidden: Tensor | None = None, *, ahead: Launch | None = None) -> Flow:
+    def prepared(self, lanes: list[Lane], hidden: Tensor | None = None, *, ahead: Launch | None = None) -> Flow:
         """A launch of these rows: their states, or else the model's embeddings, and its call for each layer."""
         spans = [lane.span for lane in lanes]
         rows = build_rows(spans, self.pools.page_size, self.adapter.device, by_row=self._by_row)
