@@ -164,7 +164,7 @@ def _measure(
             contender.prepare()
             contender.rates.append(decode_rate(contender.engine, prompts, tokens))
     base = contenders[0].rate
-    best = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0)
+    best = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0, min_hold_gain=0.0)
     chosen = best_plan(costs, residents, [share])
     off = expected_rate(costs, residents, [share], [False], [1])
     skipped = costs.stages[1](residents) / (

@@ -39,9 +39,18 @@ def test_the_rate_is_the_closed_form_of_two_stages(hold: int) -> None:
 
 @pytest.mark.parametrize(("share", "w_a", "w_b"), [(0.9, 1.0, 4.0), (0.5, 1.0, 1.0), (0.8, 2.0, 9.0)])
 def test_the_hold_is_the_square_root_rule(share: float, w_a: float, w_b: float) -> None:
-    plan = best_plan(costs(line(w_a, 0.001), line(w_b, 0.001)), 256, [share])
+    plan = best_plan(costs(line(w_a, 0.001), line(w_b, 0.001)), 256, [share], min_hold_gain=1.0)
     assert plan.is_on == (True,)
     assert abs(plan.holds[0] - math.sqrt(share * w_b / ((1 - share) * w_a))) <= 1
+
+
+def test_survivors_wait_only_for_a_gain_that_the_model_is_sure_of() -> None:
+    """Holding survivors back at 256 residents promised 4 % and ended 8 % below full depth."""
+    stages = costs(line(1.0, 0.01), line(1.6, 0.01))
+    (at_once, waiting) = (expected_rate(stages, 256, [0.7], [True], [hold]) for hold in (1, 2))
+    assert 1.0 < waiting / at_once < 1.05
+    assert best_plan(stages, 256, [0.7]).holds == (1,)
+    assert best_plan(stages, 256, [0.7], min_hold_gain=1.0).holds[0] > 1
 
 
 def test_a_boundary_is_off_where_asking_costs_more_than_exits_save() -> None:
@@ -83,8 +92,8 @@ def test_a_stage_that_slows_down_switches_its_boundary_on() -> None:
     planner = LaunchPlanner(costs(line(0.1, 0.01), line(0.1, 0.001), gate=line(0.04, 0.0)), [0.5])
     assert not planner.plan(64).exits
     for _ in range(200):
-        planner.took(0, 64, 0.1 + 64 * 0.01)
-        planner.took(1, 64, 3 * (0.1 + 64 * 0.001))
+        planner.took([0], 64, 0.1 + 64 * 0.01)
+        planner.took([1], 64, 3 * (0.1 + 64 * 0.001))
     assert planner.time_factors == pytest.approx([1.0, 3.0], abs=0.1)
     assert planner.plan(64).exits
 
@@ -94,8 +103,7 @@ def test_a_machine_that_slows_down_altogether_changes_no_plan() -> None:
     planner = LaunchPlanner(measured, [0.5])
     before = planner.plan(64)
     for _ in range(400):
-        for stage in (0, 1):
-            planner.took(stage, 64, 2 * (0.1 + 64 * 0.01))
+        planner.took([0, 1], 64, 2 * 2 * (0.1 + 64 * 0.01))
     after = planner.plan(64)
     assert (after.is_on, after.holds) == (before.is_on, before.holds)
     assert after.rate == pytest.approx(before.rate / 2, rel=0.1)
@@ -103,7 +111,7 @@ def test_a_machine_that_slows_down_altogether_changes_no_plan() -> None:
 
 def test_one_slow_launch_changes_nothing() -> None:
     planner = LaunchPlanner(costs(line(0.1, 0.01), line(0.1, 0.01)), [0.5])
-    planner.took(1, 64, 1000.0)
+    planner.took([1], 64, 1000.0)
     assert planner.time_factors[1] < 1.1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -182,11 +183,11 @@ class BoundaryExits:
     def _survivors(self, flow: Flow, starts: np.ndarray, stops: np.ndarray) -> Flow | Arrivals | None:
         if stops.all():
             return None
-        lanes = []
-        for n, lane in enumerate(flow.lanes):
-            kept = ~stops[starts[n] : starts[n + 1]]
-            if kept.any():
-                lanes.append(lane.select(kept))
+        if len(stops) == len(flow.lanes):  # one row each, as in most launches
+            lanes = [lane for lane, stop in zip(flow.lanes, stops.tolist(), strict=True) if not stop]
+        else:
+            kept = [~stops[begin:end] for begin, end in itertools.pairwise(starts)]
+            lanes = [lane.select(rows) for lane, rows in zip(flow.lanes, kept, strict=True) if rows.any()]
         index = upload_one(np.flatnonzero(~stops), flow.hidden.device)
         if flow.rows.chunks or not self.fill.adapter.calls_are_by_row:
             return Arrivals(lanes, gather_rows(flow.hidden, index))

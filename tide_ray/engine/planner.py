@@ -78,11 +78,13 @@ class LaunchPlanner:
         weight = min(1.0, SMOOTHING * num_asked / 32)
         self.shares[boundary] += weight * (num_stopped / num_asked - self.shares[boundary])
 
-    def took(self, stage: int, num_rows: int, seconds: float) -> None:
-        """Note how long a launch of decode rows took."""
+    def took(self, stages: Sequence[int], num_rows: int, seconds: float) -> None:
+        """Note how long a launch of decode rows took, through one stage or several."""
         if self.costs is not None:
-            factor = min(seconds / self.costs.stages[stage](num_rows), MAX_TIME_FACTOR)
-            self.time_factors[stage] += TIME_SMOOTHING * (factor - self.time_factors[stage])
+            expected = sum(self.costs.stages[stage](num_rows) for stage in stages)
+            factor = min(seconds / expected, MAX_TIME_FACTOR)
+            for stage in stages:
+                self.time_factors[stage] += TIME_SMOOTHING * (factor - self.time_factors[stage])
 
     def should_launch(self, stage: int, num_ready: int) -> bool:
         """Whether the rows ready for ``stage`` run now (True) or wait for more."""

@@ -82,12 +82,15 @@ class Runner:
         is_on, probes = self._plan(lanes)
         arrived: Flow | Arrivals | None = self.prepared(lanes, ahead=ahead) if lanes else None
         leaving: list[Leaving] = []
+        if isinstance(arrived, Flow) and not any(is_on) and not probes and self._may_skip_boundaries(lanes):
+            self._launch(range(len(self.stages)), arrived)
+            return self._choose(self._finished(arrived))
         for index in range(len(self.stages)):
             flow = self._enter(index, arrived, must_launch=not spans)
             if flow is None:
                 arrived = None
                 continue
-            self._launch(index, flow)
+            self._launch([index], flow)
             if index == len(self.stages) - 1:
                 leaving += self._finished(flow)
             else:
@@ -104,20 +107,32 @@ class Runner:
         plan = self.planner.plan(sum(lane.may_wait for lane in lanes) + waiting)
         return plan.is_on, self.planner.probes
 
-    def _launch(self, index: int, flow: Flow) -> None:
-        stage = self.stages[index]
+    def _may_skip_boundaries(self, lanes: Seq[Lane]) -> bool:
+        """Whether nothing can leave, join or wait between the stages of these lanes while every boundary is off."""
+        if len(self.stages) == 1 or self.graphs is not None:
+            return False
+        alone = all(lane.span.is_decode and not lane.sequence.pending for lane in lanes)
+        return alone and not any(self._waiting(stage) for stage in range(1, len(self.stages)))
+
+    def _launch(self, indices: Seq[int], flow: Flow) -> None:
+        """Take the rows of a launch through neighbouring stages, all of them in one go."""
         start = time.perf_counter()
-        self.run_stage(index, flow)
-        for layer in stage.layers:
-            self.stats.rows_through_layer[layer] += flow.rows.num_rows
+        if len(indices) == 1:
+            self.run_stage(indices[0], flow)
+        else:
+            layers = [layer for index in indices for layer in self.stages[index].layers]
+            flow.hidden = self.adapter.run_layers(layers, flow.hidden[None], flow.calls, flow.cache)[0]
         # On a GPU the work has only been queued by now, and waiting for it would cost more than the knowledge is worth.
         is_decode = flow.rows.num_decode == flow.rows.num_rows
         if self.planner is not None and is_decode and self.adapter.device.type == "cpu":
-            self.planner.took(index, flow.rows.num_rows, time.perf_counter() - start)
-        self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
+            self.planner.took(indices, flow.rows.num_rows, time.perf_counter() - start)
         num_deferred = sum(int((lane.fates == FOLLOWS).sum()) for lane in flow.lanes if lane.num_rows > 1)
-        if num_deferred:
-            self.stats.deferred_rows[stage.name] = self.stats.deferred_rows.get(stage.name, 0) + num_deferred
+        for stage in (self.stages[index] for index in indices):
+            for layer in stage.layers:
+                self.stats.rows_through_layer[layer] += flow.rows.num_rows
+            self.stats.launches[stage.name] = self.stats.launches.get(stage.name, 0) + 1
+            if num_deferred:
+                self.stats.deferred_rows[stage.name] = self.stats.deferred_rows.get(stage.name, 0) + num_deferred
 
     def run_stage(self, index: int, flow: Flow) -> None:
         """Take the rows of a launch through the layers of stage ``index``."""
