@@ -71,11 +71,13 @@ class BoundaryExits:
         if asks_prompt:
             stops |= self._prompt_stops(boundary, flow.lanes, states, fates)
         if self.kv_policy == "full":
-            return flow, self._select(boundary, flow, states, starts, stops)
+            chosen = states[upload_one(np.flatnonzero(stops), states.device)]
+            return flow, self._select(boundary, flow, chosen, starts, stops)
         if not stops.any():
             return flow, None
         index = upload_one(np.flatnonzero(stops), states.device)
-        self._keep_attendable(boundary, flow, gather_rows(states, index), index, starts, stops)
+        states = gather_rows(states, index)
+        self._keep_attendable(boundary, flow, states, index, starts, stops)
         leaving = self._leaving(boundary, flow, states, starts, stops)
         return self._survivors(flow, starts, stops), leaving
 
@@ -162,13 +164,16 @@ class BoundaryExits:
     def _leaving(
         self, boundary: int, flow: Flow, states: Tensor, starts: np.ndarray, stops: np.ndarray
     ) -> Leaving | None:
+        """Tokens to choose from ``states``, those of the rows that stop."""
         last = starts[1:] - 1
         numbers = [n for n, lane in enumerate(flow.lanes) if lane.samples and stops[last[n]]]
         if not numbers:
             return None
-        rows = upload_one(last[numbers], states.device)
+        if len(numbers) != len(states):
+            places = np.cumsum(stops) - 1
+            states = states[upload_one(places[last[numbers]], states.device)]
         head = self.boundaries[boundary]
-        return Leaving([flow.lanes[n] for n in numbers], head.head(states[rows]), head.depth)
+        return Leaving([flow.lanes[n] for n in numbers], head.head(states), head.depth)
 
     def _select(
         self, boundary: int, flow: Flow, states: Tensor, starts: np.ndarray, stops: np.ndarray

@@ -140,17 +140,19 @@ class ForcedExits:
         self._unanimous = unanimous
 
     def decide(self, rows: Candidates) -> Verdict:
-        draws = np.array([self._draw(rows.boundary, *key) for key in rows.keys])
-        stops = draws < self.shares[rows.boundary]
+        stops = self._draws(rows) < self.shares[rows.boundary]
         if self._unanimous:
             stops = np.full_like(stops, stops.all())
         return Verdict(stops & np.isfinite(rows.thresholds), np.full(len(stops), np.nan))
 
-    def _draw(self, boundary: int, seed: int, position: int) -> float:
-        bits = (seed * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9 + boundary * 0x94D049BB133111EB) ^ self._seed
-        bits = (bits ^ (bits >> 31)) * 0xD6E8FEB86659FD93 & (2**64 - 1)
-        bits = (bits ^ (bits >> 32)) * 0xD6E8FEB86659FD93 & (2**64 - 1)
-        return ((bits ^ (bits >> 32)) >> 11) * 2.0**-53
+    def _draws(self, rows: Candidates) -> np.ndarray:
+        """Numbers from 0 to 1, float64 ``[N]``: the rows' keys through the mixing steps of SplitMix64."""
+        seeds, positions = (np.array([key[i] % 2**64 for key in rows.keys], dtype=np.uint64) for i in (0, 1))
+        start = np.uint64((rows.boundary * 0x94D049BB133111EB ^ self._seed) % 2**64)
+        bits = seeds * np.uint64(0x9E3779B97F4A7C15) + positions * np.uint64(0xBF58476D1CE4E5B9) + start
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def confidence_scores(logits: Tensor, measure: str) -> Tensor:
