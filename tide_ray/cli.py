@@ -122,7 +122,9 @@ def generate(
     num_cpus_per_actor: Annotated[float | None, _flag("num_cpus_per_actor")] = None,
     batch_size: Annotated[int | None, _flag("batch_size")] = None,
     address: Annotated[str | None, _flag("address")] = None,
+    rejected_rows_ok: Annotated[bool | None, _flag("rejected_rows_ok")] = None,
     verbose: Annotated[bool | None, _flag("verbose")] = None,
+    log_format: Annotated[str | None, _flag("log_format")] = None,
 ) -> None:
     """Generate for every prompt and write Parquet. Without flags: the demo model on bundled prompts.
 

@@ -202,14 +202,15 @@ class EngineStats:
     layer ran for because their K/V came from the prefix cache, ``launches`` the launches of each stage,
     ``num_filled_rows`` rows whose K/V in skipped layers were filled, ``deferred_rows`` rows that a stage ran later for
     their K/V alone, ``num_prefill_exits`` prompt rows that stopped at a boundary, ``num_dropped_tokens`` tokens chosen
-    for sequences that had ended: steps may be queued before the tokens of the last one are read.
+    for sequences that had ended: steps may be queued before the tokens of the last one are read, ``tokens_at_depth``
+    generated tokens by the depth that they left at.
     """
 
     rows_through_layer: list[int]
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
-    sum_exit_layers: int = 0
+    tokens_at_depth: dict[int, int] = field(default_factory=dict)
     num_finished_requests: int = 0
     num_rejected_requests: int = 0
     num_preemptions: int = 0
@@ -219,6 +220,11 @@ class EngineStats:
     num_prefill_exits: int = 0
     num_dropped_tokens: int = 0
     deferred_rows: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sum_exit_layers(self) -> int:
+        """Depths of all generated tokens, summed."""
+        return sum(depth * count for depth, count in self.tokens_at_depth.items())
 
     def reset(self) -> None:
         """Count from zero again, in place: the parts of the engine share this object."""

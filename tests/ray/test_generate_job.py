@@ -110,3 +110,4 @@ def test_rejected_rows_go_to_errors_and_their_neighbours_are_answered(job: Any) 
     code, printed = job.run(batch_size=8, keep_columns=["label"])
     assert code == 3
     assert "nothing to do" in printed
+    assert job.run(batch_size=8, keep_columns=["label"], rejected_rows_ok=True)[0] == 0

@@ -20,10 +20,13 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import ray
 import torch
 
 from tide_ray.config import EngineConfig
 from tide_ray.data.ledger import DeathLedger
+from tide_ray.data.logs import JobLog
+from tide_ray.data.metrics import MetricsPublisher
 from tide_ray.data.prompts import PARAMS_COLUMN, non_default_params, parse_messages, parse_sampling_params
 from tide_ray.data.reports import Reporter
 from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, GATE_SCORES_COLUMN, SCORES, TIMES, TOKEN_IDS
@@ -72,6 +75,7 @@ class GeneratorOptions:
         ledger_key: the column that identifies rows there.
         returns_gate_scores: rows get the gate's score of every token as well.
         reports_folder: where the actor reports what it has done; see ``reports``.
+        job: names the job in logs and metrics; None: Ray's own id does.
     """
 
     wraps_strings: bool = False
@@ -83,6 +87,7 @@ class GeneratorOptions:
     ledger_key: str = "row_id"
     returns_gate_scores: bool = False
     reports_folder: str | None = None
+    job: str | None = None
 
 
 class Generator:
@@ -99,6 +104,8 @@ class Generator:
         start = time.perf_counter()
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._reporter = Reporter(options.reports_folder, name) if options.reports_folder else None
+        job = options.job or ray.get_runtime_context().get_job_id()
+        self._log, self._metrics = JobLog(logger, job), MetricsPublisher(job)
         try:
             self._async_engine = AsyncEngine(partial(self._make_engine, model, config))
             self._engine = self._async_engine.engine
@@ -107,12 +114,15 @@ class Generator:
             self._report_failure(error)
             raise
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
+        facts, seconds = self._engine.describe(), time.perf_counter() - start
+        self._log.event("engine started", seconds=round(seconds, 3), engine=facts)
         if self._reporter is not None:
-            self._reporter.engine_started(self._engine.describe(), time.perf_counter() - start)
+            self._reporter.engine_started(facts, seconds)
 
     def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
         engine = TideEngine.from_pretrained(model, config)
         engine.warm_up()
+        self._metrics.watch(engine)
         return engine
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -136,6 +146,8 @@ class Generator:
             self._report_failure(error)
             raise
         self._report_batch(results)
+        if not self._engine.has_unfinished_requests():
+            self._metrics.publish()  # nothing may come any more, and Ray ends the process without a word
         yield _attach(batch, results, with_gate_scores=self._options.returns_gate_scores)
 
     async def _generate(self, row: dict[str, Any], batch_uuid: str) -> dict[str, Any]:
@@ -185,15 +197,16 @@ class Generator:
             raise UserError("system_prompt needs a chat template, the model's tokenizer has none")
 
     def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
-        if self._reporter is None:
-            return
-        stats = self._engine.stats
         totals = {
             "rows": len(results),
             "errors": sum(bool(result[ERROR_COLUMN]) for result in results),
             "tokens": sum(result["num_generated_tokens"] for result in results),
             "depths": sum(sum(result["exit_layers"]) for result in results),
         }
+        self._log.event("batch done", **totals)
+        if self._reporter is None:
+            return
+        stats = self._engine.stats
         engine = {
             "rows_through_layer": list(stats.rows_through_layer),
             "num_prompt_tokens": stats.num_prompt_tokens,
@@ -205,11 +218,13 @@ class Generator:
             "num_prefill_exits": stats.num_prefill_exits,
             "num_dropped_tokens": stats.num_dropped_tokens,
             "deferred_rows": dict(stats.deferred_rows),
+            "tokens_at_depth": {str(depth): count for depth, count in sorted(stats.tokens_at_depth.items())},
         }
         memory = peak_memory(self._engine.model.device)
         self._reporter.batch_done(totals, engine, self._engine.describe_exits(), memory)
 
     def _report_failure(self, error: Exception) -> None:
+        self._log.error("engine failed", error=str(error))
         if self._reporter is not None:
             self._reporter.failed(f"{error}", isinstance(error, UserError))
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from tide_ray.data.logs import ray_options
 from tide_ray.types import UserError
 
 RAY_DATA_LOGGER = "ray.data"
@@ -21,8 +22,8 @@ CONNECT_SECONDS = 10.0
 
 
 @contextmanager
-def connected(address: str | None, *, is_verbose: bool = False) -> Iterator[None]:
-    """Be connected to Ray for the block; a connection that was there before is used and left open.
+def connected(address: str | None, *, is_verbose: bool = False, log_format: str = "text") -> Iterator[None]:
+    """Be connected to Ray for the block; a connection that was there before is used and left open, with its logging.
 
     ``address`` None takes ``RAY_ADDRESS`` (set inside ``ray job submit``), else starts Ray on this machine.
 
@@ -47,7 +48,13 @@ def connected(address: str | None, *, is_verbose: bool = False) -> Iterator[None
         if not is_verbose:
             warnings.simplefilter("ignore")
         try:
-            ray.init(address=address, logging_level=level, log_to_driver=is_verbose, **_options(address))
+            ray.init(
+                address=address,
+                logging_level=level,
+                log_to_driver=is_verbose,
+                **_options(address),
+                **ray_options(log_format),
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"address: cannot connect to Ray at {address!r}: {reason}") from None

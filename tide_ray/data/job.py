@@ -6,6 +6,7 @@ Everything that a user can get wrong is checked before Ray starts. What is commi
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from tide_ray.data.cluster import connected, quiet_ray
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.job_folder import JobError, JobFolder
 from tide_ray.data.lock import locked
-from tide_ray.data.progress import ProgressBar
+from tide_ray.data.logs import JobLog
+from tide_ray.data.progress import JobProgress, display_for
 from tide_ray.data.reports import Reports
-from tide_ray.data.run_facts import job_fields, prefix_hit_rate, print_summary, software_versions
+from tide_ray.data.run_facts import job_fields, job_id, prefix_hit_rate, print_summary, software_versions
 from tide_ray.data.snapshot import Snapshot, write_snapshot
 from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint import read_certificates
@@ -31,6 +33,7 @@ EXIT_USAGE = 2
 EXIT_ROW_ERRORS = 3
 EXIT_INTERRUPTED = 130
 
+logger = logging.getLogger(__name__)
 MAX_ROWS_PER_PART = 4096
 PARTS_PER_JOB = 50
 
@@ -39,7 +42,8 @@ def run_generate(config: GenerateJobConfig, console: Console | None = None) -> i
     """Run the job in ``config.output`` from where it stands.
 
     Returns:
-        The exit code: 0, 3 when rows were rejected (they are in ``errors/``), 130 when interrupted.
+        The exit code: 0, 3 when rows were rejected (they are in ``errors/``) and that is not to be overlooked, 130 when
+        interrupted.
 
     Raises:
         UserError: something in ``config`` cannot be used.
@@ -53,7 +57,9 @@ def run_generate(config: GenerateJobConfig, console: Console | None = None) -> i
     with locked(folder.path):
         folder.begin()
         try:
-            return _run_locked(config, folder, console or Console(stderr=True))
+            console = console or Console(stderr=True, quiet=config.log_format == "json")
+            code = _run_locked(config, folder, console)
+            return EXIT_OK if code == EXIT_ROW_ERRORS and config.rejected_rows_ok else code
         finally:
             folder.clear_uncommitted()
 
@@ -95,17 +101,27 @@ def _run_locked(config: GenerateJobConfig, folder: JobFolder, console: Console) 
     folder.write_bad_rows(committed, fields)
     todo, num_left = folder.write_todo(committed)
     facts: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "rows_before": num_before}
+    log = JobLog(logger, job_id(fields))
     if num_left:
         try:
-            facts |= _Generation(config, folder, snapshot, fields, console).run(todo, num_left)
+            facts |= _Generation(config, folder, snapshot, fields, console, log).run(todo, num_left)
         except KeyboardInterrupt:
             num_done = len(folder.committed().ids)
+            log.warning("job stopped", rows=num_done, total_rows=snapshot.num_rows)
             done = f"{num_done} of {snapshot.num_rows} rows"
             console.print(f"stopped: {done} are in {folder.path}; the same command goes on from there")
             return EXIT_INTERRUPTED
     counts = folder.check_complete(snapshot)
-    run = {**fields, "model": config.model, "versions": software_versions(), "sources": snapshot.sources, **facts}
+    run = {
+        "job": job_id(fields),
+        **fields,
+        "model": config.model,
+        "versions": software_versions(),
+        "sources": snapshot.sources,
+        **facts,
+    }
     folder.finish({**run, **counts, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, counts)
+    log.event("job finished", output=str(folder.path), **counts)
     print_summary(console, folder.path, {**facts, **counts})
     return EXIT_ROW_ERRORS if counts["errors"] else EXIT_OK
 
@@ -119,6 +135,7 @@ class _Generation:
     snapshot: Snapshot
     fields: dict[str, Any]
     console: Console
+    log: JobLog
 
     @property
     def reports(self) -> Reports:
@@ -127,21 +144,23 @@ class _Generation:
     def run(self, todo: Path, num_left: int) -> dict[str, Any]:
         """Generate the rows in ``todo`` and commit them. Returns facts about the engines and their work."""
         start = time.perf_counter()
-        is_verbose = self.config.verbose
-        with connected(self.config.address, is_verbose=is_verbose):
-            bar = ProgressBar(
-                self.console,
-                total=self.snapshot.num_rows,
-                done=self.snapshot.num_rows - num_left,
-                read=self.reports.totals,
+        is_verbose, log_format = self.config.verbose, self.config.log_format
+        total, done = self.snapshot.num_rows, self.snapshot.num_rows - num_left
+        with connected(self.config.address, is_verbose=is_verbose, log_format=log_format):
+            self.log.event("job started", output=str(self.folder.path), rows=done, total_rows=total)
+            display = display_for(
+                self.console, total=total, done=done, log=self._log_progress if log_format == "json" else None
             )
+            progress = JobProgress(display, total=total, done=done, read=self.reports.totals)
             with quiet_ray(is_verbose=is_verbose):
                 dataset, sink = self._plan(todo, num_left)
                 try:
-                    with bar:
+                    with progress:
                         dataset.write_datasink(sink)
                 except Exception as error:  # Ray wraps what happened in a worker in errors of many kinds
-                    raise _explained(error, self.reports.failure()) from error
+                    explained = _explained(error, self.reports.failure())
+                    self.log.error("job failed", error=str(explained))
+                    raise explained from error
         totals, counters = self.reports.totals(), self.reports.counters()
         seconds = totals["seconds"]
         return {
@@ -157,6 +176,9 @@ class _Generation:
             "generated_tokens": totals["tokens"],
             "tokens_per_second": round(totals["tokens"] / seconds, 1) if seconds else 0.0,
         }
+
+    def _log_progress(self, text: str, facts: dict[str, Any]) -> None:
+        self.log.event("progress" if facts else text, **facts)
 
     def _plan(self, todo: Path, num_left: int) -> tuple[Any, Any]:
         import ray
@@ -187,6 +209,7 @@ class _Generation:
                 continues_on_error=True,
                 ledger_folder=str(self.folder.scratch / "running"),
                 reports_folder=self.reports.folder,
+                job=job_id(self.fields),
             ),
             max_batches_per_actor=-(-num_batches // config.num_actors),
         )

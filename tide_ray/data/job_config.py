@@ -103,7 +103,9 @@ class GenerateJobConfig(BaseModel):
     num_cpus_per_actor: float | None = Field(default=None, ge=0, description="CPUs that Ray sets aside per actor")
     batch_size: int = Field(default=32, ge=1, description="rows per Ray Data batch and block")
     address: str | None = Field(default=None, description="Ray cluster address")
+    rejected_rows_ok: bool = Field(default=False, description="exit code 0, not 3, where rows were rejected")
     verbose: bool = Field(default=False, description="show Ray's own logs and progress bars")
+    log_format: Literal["text", "json"] = Field(default="text", description="text, or json: a record per line")
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> GenerateJobConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +55,11 @@ def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapsho
         "tide_ray_version": version("tide-ray"),
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def job_id(fields: Mapping[str, Any]) -> str:
+    """What names a job in logs and metrics, from ``job_fields``: the same for every attempt at it."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def software_versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ class Committer:
         """
         time_us = self.clock()
         finished: list[Sequence] = []
+        at_depth = self.stats.tokens_at_depth
         for token in sampled:
             sequence = token.sequence
             sequence.num_ahead -= 1
@@ -38,7 +39,7 @@ class Committer:
             if len(sequence.output_ids) == 1:
                 self.stats.num_prompt_tokens += len(sequence.prompt_ids)
                 self.stats.num_cached_tokens += sequence.num_cached_tokens
-            self.stats.sum_exit_layers += token.depth
+            at_depth[token.depth] = at_depth.get(token.depth, 0) + 1
             check_finished(sequence)
             if sequence.is_finished:
                 self.scheduler.remove(sequence)

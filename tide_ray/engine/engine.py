@@ -59,7 +59,7 @@ class TideEngine:
             return_freed_memory()
             keep_freed_memory()
         routers = load_routers(config, model, adapter) if routers is None else routers
-        certificate = certificate_of(config, routers)
+        self.certificate = certificate = certificate_of(config, routers)
         stops_as_certified = certificate is not None and certificate.prefill_threshold is not None
         stages = plan_stages(config, adapter.num_layers, routers.depths if routers is not None else ())
         if config.selfcheck:
@@ -121,7 +121,9 @@ class TideEngine:
         prompt = [0] * min(WARM_UP_ROWS, self.max_model_len - 2)
         if self.runner.graphs is not None:
             self.runner.graphs.capture_all()
-        self.generate(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        # A certificate does not hold for ignored EOS tokens; a request for full depth needs none.
+        policy = "full" if self.config.max_disagreement is not None else None
+        self.generate(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, exit_policy=policy))
         self.scheduler.pool.clear()
         self.stats.reset()
 
