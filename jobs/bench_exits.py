@@ -20,7 +20,8 @@ from bench_depth import PROMPT_TOKENS, answer_room, decode_rate
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, TideEngine
-from tide_ray.calibrate.follow import answer, follow, interval
+from tide_ray.calibrate.follow import answer, follow
+from tide_ray.calibrate.intervals import interval
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import LoadedModel, load
 

@@ -53,6 +53,19 @@ def test_the_checkpoint_says_what_it_was_made_from_and_how_good_it_is(checkpoint
     assert deep["head_agreement"] > max(0.9, shallow["head_agreement"])
     assert deep["exits"]["0.05"]["share"] > 0.5
     assert facts.metrics["fit"]["2"]["kv_error"] < facts.metrics["fit"]["1"]["kv_error"]
+    assert sum(count for _, _, count in deep["reliability"]) == facts.metrics["rows"]["test"]
+    assert deep["coverage"]["by_gate"][-1] == deep["head_agreement"], "all tokens leave at full coverage"
+    profile = facts.metrics["profile"]
+    assert profile["depth"] == [1, 2, 3]
+    assert profile["lens_agreement"][2] > max(0.9, profile["lens_agreement"][0])
+
+
+def test_the_checkpoint_says_what_each_kv_policy_costs(checkpoint: Path) -> None:
+    policies = {row["kv_policy"]: row for row in Routers.load(checkpoint).facts.metrics["kv_policies"]}
+    assert policies.keys() == {"deferred", "fitted", "copy"}
+    assert all(row["exit_share"] > 0.2 for row in policies.values())
+    assert policies["deferred"]["others"] == [0.0, 0.0, 0.0], "K/V are exact, so what runs every layer is full depth's"
+    assert policies["copy"]["disagreement"][0] >= policies["deferred"]["disagreement"][0] > 0
 
 
 def test_an_engine_with_the_checkpoint_skips_layers_and_answers_as_full_depth_mostly_does(

@@ -136,6 +136,12 @@ def test_models_are_calibrated_beside_a_generation_job_and_a_broken_one_fails_al
         assert Routers.load(output / name).depths == depths
         assert found[name]["boundaries"] == list(depths)
 
+    page = (output / "report.html").read_text()
+    for name in ("one-worker", "gpt2", "demo"):
+        assert f'href="{name}/report.html"' in page
+        assert found[name]["verdict"] in (output / name / "report.html").read_text()
+    assert "cannot read the weights" in page
+
     # However many workers shared it, a model has the same statistics and the same checkpoint, to rounding.
     assert len(list((output / "_work" / "two-workers").glob("sums-*"))) == 2
     one, two = (statistics(output, name) for name in ("one-worker", "two-workers"))
@@ -152,7 +158,7 @@ def test_models_are_calibrated_beside_a_generation_job_and_a_broken_one_fails_al
     before = written(output)
     assert run_sweep(config) == 1, "the broken one is tried again, the others are finished"
     after = written(output)
-    assert {name for name in before if after.get(name) != before[name]} <= {"sweep.json", "_lock.guard"}
+    assert {name for name in before if after.get(name) != before[name]} <= {"sweep.json", "report.html", "_lock.guard"}
     assert {row["status"] for row in rows(output).values()} == {"kept", "failed"}
 
 

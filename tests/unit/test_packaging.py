@@ -70,6 +70,14 @@ def test_the_wheel_lists_every_package_of_the_checkout() -> None:
     assert listed == present
 
 
+def test_the_wheel_has_every_file_that_is_no_code() -> None:
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["tide_ray"]
+    package = ROOT / "tide_ray"
+    listed = {path for glob in globs for path in package.glob(glob)}
+    present = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert listed == present
+
+
 @pytest.mark.parametrize("package", ["tide_ray", "tide_kernels"])
 def test_the_packages_ship_their_types(package: str) -> None:
     spec = importlib.util.find_spec(package)

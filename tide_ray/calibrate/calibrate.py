@@ -29,7 +29,9 @@ from tide_ray.calibrate.corpus import Example, Progress, Splits, answers, leadin
 from tide_ray.calibrate.fitting import Fitted, Fitter
 from tide_ray.calibrate.gate_training import calibrate_scores, threshold_at, train_gate
 from tide_ray.calibrate.judge import Judge, Judged
+from tide_ray.calibrate.kv_quality import kv_quality
 from tide_ray.calibrate.measures import ERROR_LEVELS, depth_metrics
+from tide_ray.calibrate.profile import depth_profile
 from tide_ray.calibrate.statistics import FitStatistics
 from tide_ray.calibrate.sureness import Sureness
 from tide_ray.calibrate.trace import Tracer
@@ -110,6 +112,10 @@ class Calibration:
         scores = [sureness.scores(b, judged["calibrate"]) for b in candidates]
         with self._timed("choice"):
             chosen, comparison = self._choose(candidates, scores, splits)
+        with self._timed("report"):
+            self.progress("what K/V policies cost", 0.0)
+            comparison["profile"] = depth_profile(self.adapter, self.pools, splits["test"])
+            comparison["kv_policies"] = kv_quality(self.adapter, self.kinds, chosen, splits["test"])
         facts = {
             **comparison,
             "candidates": metrics,

@@ -45,7 +45,7 @@ def binomial(losses: np.ndarray, epsilon: float) -> float:
     """
     if not np.isin(losses, (0.0, 1.0)).all():
         raise ValueError("the binomial p-value takes losses of 0 or 1 only")
-    return _binomial_cdf(int(losses.sum()), len(losses), epsilon)
+    return binomial_cdf(int(losses.sum()), len(losses), epsilon)
 
 
 def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> float:
@@ -56,7 +56,7 @@ def hoeffding_bentkus(losses: np.ndarray, epsilon: float) -> float:
     num, mean = len(losses), float(losses.mean())
     hoeffding = math.exp(-num * _relative_entropy(min(mean, epsilon), epsilon))
     # Rounded first, so that a sum of 3.0000000001 is not taken for 4.
-    bentkus = math.e * _binomial_cdf(math.ceil(round(num * mean, 9)), num, epsilon)
+    bentkus = math.e * binomial_cdf(math.ceil(round(num * mean, 9)), num, epsilon)
     return min(1.0, hoeffding, bentkus)
 
 
@@ -98,7 +98,7 @@ def prompts_needed(epsilon: float, delta: float, kind: str, mean_loss: float = 0
 
     def suffices(num: int) -> bool:
         if kind == "binomial":
-            return _binomial_cdf(math.ceil(round(num * mean_loss, 9)), num, epsilon) <= delta
+            return binomial_cdf(math.ceil(round(num * mean_loss, 9)), num, epsilon) <= delta
         return p_value(np.full(num, mean_loss), epsilon, delta, kind) <= delta
 
     if mean_loss >= epsilon:
@@ -134,7 +134,7 @@ def _relative_entropy(a: float, b: float) -> float:
     return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
 
 
-def _binomial_cdf(count: int, num: int, probability: float) -> float:
+def binomial_cdf(count: int, num: int, probability: float) -> float:
     """P(Bin(num, probability) <= count), summed in logarithms."""
     if count >= num:
         return 1.0

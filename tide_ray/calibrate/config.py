@@ -111,7 +111,10 @@ class EvaluationConfig(CheckpointPrompts):
 
     max_disagreements: list[float] = Field(default_factory=list, description="certified settings; default: all")
     exit_errors: list[float] = Field(default_factory=list, description="also thresholds calibrated for these errors")
-    baselines: bool = Field(default=True, description="also fixed sets of layers, at the least mean depth of a setting")
+    baselines: bool = Field(default=True, description="also other rules, at the cost of the cheapest setting")
+    text: str | None = Field(default=None, description="text file whose perplexity is compared, a paragraph per line")
+    num_paragraphs: int = Field(default=64, ge=1, description="most paragraphs of text")
+    rounds: int = Field(default=2, ge=1, description="times that each setting and full depth take turns, for speed")
     answer_column: str = Field(default="answer", description="column with right answers, where there is one")
     max_num_seqs: int = Field(default=64, ge=1, description="resident sequences")
-    output: str | None = Field(default=None, description="JSON file to write the figures to")
+    output: str | None = Field(default=None, description="JSON file for the figures; table and plot lie beside, .html")

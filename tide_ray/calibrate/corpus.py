@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,21 +135,25 @@ def read_text(path: str, engine: TideEngine, *, limit: int | None, max_tokens: i
     Raises:
         UserError: the file cannot be read, or has fewer than ``limit`` such paragraphs.
     """
-    if engine.tokenizer is None:
-        raise UserError("text needs a tokenizer, the model folder has none")
-    lines = read_lines(path)
-    examples: list[Example] = []
-    for line in lines:
-        if limit is not None and len(examples) == limit:
-            break
-        ids = (
-            engine.tokenizer(line.strip(), truncation=True, max_length=max_tokens)["input_ids"] if line.strip() else []
-        )
-        if len(ids) >= MIN_TEXT_TOKENS:
-            examples.append(Example(list(ids), 0))
+    examples = [Example(ids, 0) for ids in itertools.islice(paragraphs(path, engine, max_tokens), limit)]
     if limit is not None and len(examples) < limit:
         raise UserError(f"num_prompts: {path!r} has {len(examples)} paragraphs, got {limit}")
     return examples
+
+
+def paragraphs(path: str, engine: TideEngine, max_tokens: int) -> Iterator[list[int]]:
+    """Token ids of a text file's paragraphs, as ``read_text`` takes them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if engine.tokenizer is None:
+        raise UserError("text needs a tokenizer, the model folder has none")
+    for line in read_lines(path):
+        if text := line.strip():
+            ids = list(engine.tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"])
+            if len(ids) >= min(MIN_TEXT_TOKENS, max_tokens):
+                yield ids
 
 
 def read_lines(path: str) -> list[str]:

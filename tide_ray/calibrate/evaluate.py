@@ -2,22 +2,29 @@
 
 Disagreement is the certified quantity: the share of a prompt's answer tokens where a setting, made to follow full
 depth's answer, would choose another; its mean over prompts. The engine also answers by itself, which tells how many
-answers stay the same, where they part, and with an answer column whether they are right. Every boundary is on, whether
-it saves time or not. Baselines run the same set of layers for every token, at the least mean depth of a setting.
+answers stay the same, where they part, and with an answer column whether they are right; and it follows a text, whose
+perplexity over full depth's is told. Every boundary is on, whether it saves time or not. Speed is measured while
+following, so that both run the same tokens: full depth and a setting in turn. Other rules run at the cost of the
+cheapest setting (see ``baselines``).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tide_ray.calibrate.baselines import MIN_EXIT_SHARE, Scores, fixed_layers, prefill_share_of, stopping_rules
 from tide_ray.calibrate.config import EvaluationConfig
-from tide_ray.calibrate.corpus import Progress
-from tide_ray.calibrate.follow import answer, follow, interval
+from tide_ray.calibrate.corpus import Example, Progress, paragraphs
+from tide_ray.calibrate.follow import answer, follow, follow_text
+from tide_ray.calibrate.intervals import exact_interval, interval, median_interval
 from tide_ray.calibrate.unseen import load_for, unseen_rows
 from tide_ray.config import EngineConfig
 from tide_ray.engine.engine import TideEngine
@@ -94,7 +101,7 @@ class _Evaluation:
         self.prompts = [encoder.encode(prompt)[1] for prompt in prompts]
         self.settings: dict[str, Any] = {
             "max_num_seqs": config.max_num_seqs,
-            "max_model_len": max(map(len, self.prompts)) + config.max_tokens,
+            "max_model_len": max(map(len, self.prompts)) + config.max_tokens + 1,
             "kv_memory_fraction": 0.15,
             "num_threads": config.num_threads,
             "prefix_caching": False,
@@ -103,26 +110,24 @@ class _Evaluation:
     def run(self, variants: dict[str, dict[str, Any]], expected: Sequence[object]) -> dict[str, Any]:
         config = self.config
         self.expected = None if any(one is None for one in expected) else expected
-        full = TideEngine(self.loaded, EngineConfig(**self.settings))
+        self.engine = TideEngine(self.loaded, EngineConfig(**self.settings))
+        self.texts = self._texts()
+        self.engine.warm_up()
         self.progress("full depth answers the prompts", 0.0)
-        self.full = answer(full, self.prompts, config.max_tokens)
-        full.runner.pools.release()
+        self.full = answer(self.engine, self.prompts, config.max_tokens)
+        self.full_text = follow_text(self.engine, self.texts) if self.texts else []
         again = TideEngine(self.loaded, EngineConfig(**{**self.settings, "max_num_seqs": FLOOR_SEQS}))
         self.progress("full depth again", 0.0)
-        rows: list[dict[str, Any]] = [
-            {"name": "full depth", "mean_depth": full.num_layers, **self._correctness(self.full)},
-            {"name": "full depth again", **self._disagreement(follow(again, self.prompts, self.full))},
-        ]
+        full_row = {"name": "full depth", "mean_depth": self.engine.num_layers, "mean_cost": 1.0, "speed": [1.0] * 3}
+        floor = _disagreement(follow(again, self.prompts, self.full))
         again.runner.pools.release()
-        for name, options in variants.items():
-            rows.append(self._evaluated(name, {**options, "exits": config.routers, "exits_when": "always"}))
+        rows = [self._evaluated(name, {**options, "exits": config.routers}) for name, options in variants.items()]
+        facts: dict[str, Any] = {}
         if config.baselines:
-            depth = min(row["mean_depth"] for row in rows[2:])
-            for name, options in (
-                ("every token stops at one depth", {"exit_layer": min(max(1, round(depth)), full.num_layers - 1)}),
-                ("layers skipped evenly", {"static_cost": depth / full.num_layers}),
-            ):
-                rows.append(self._evaluated(name, {**options, "policy": "static"}))
+            cheapest = min(rows, key=lambda row: row["mean_cost"])
+            others, left_out = self._baselines(cheapest, variants[cheapest["name"]])
+            facts = {"baselines": {"at_the_cost_of": cheapest["name"], "left_out": left_out}}
+            rows += [{**self._evaluated(name, options), "is_baseline": True} for name, options in others.items()]
         return {
             "model": self.loaded.source,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
@@ -132,46 +137,124 @@ class _Evaluation:
             "certification": self.routers.certification,
             "prompts": len(self.prompts),
             "sources": [Path(source).name for source in config.prompts],
+            "text": Path(config.text).name if config.text else None,
+            "paragraphs": len(self.texts),
             "skip": config.skip,
             "max_tokens": config.max_tokens,
-            "variants": rows,
+            "rounds": config.rounds,
+            **facts,
+            "variants": [
+                {**full_row, **self._correctness(self.full)},
+                {"name": "full depth again", "disagreement": floor},
+                *rows,
+            ],
         }
 
+    def _texts(self) -> list[list[int]]:
+        """Paragraphs, none of which has a token that ends answers before its last."""
+        if self.config.text is None:
+            return []
+        ends = set(self.loaded.eos_token_ids)
+        found = paragraphs(self.config.text, self.engine, self.config.max_tokens + 1)
+        texts = list(itertools.islice((ids for ids in found if not ends & set(ids[1:-1])), self.config.num_paragraphs))
+        if not texts:
+            raise UserError(f"text: it has no paragraph that is long enough, got {self.config.text!r}")
+        return texts
+
+    def _baselines(
+        self, setting: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Engine settings of rules at the cost of ``setting``, by name, and why the others are left out."""
+        num_layers, depths = self.engine.num_layers, self.routers.depths
+        if setting["mean_cost"] >= 1:
+            return {}, {"all": "no setting lets anything stop"}
+        rules = fixed_layers(setting["mean_cost"], num_layers)
+        num_tokens, num_asked = sum(map(len, self.full)), sum(len(one) - 1 for one in self.full)
+        share = setting["exit_share"] * num_tokens / num_asked if num_asked else 0.0
+        if share < MIN_EXIT_SHARE:
+            names = ("confidence", "capacity", "post hoc")
+            return rules, dict.fromkeys(names, "the setting lets prompt tokens stop only, or next to nothing")
+        # An answer's first token is read from the prompt's last row, which no rule is asked about.
+        asked_depth = num_layers - (num_layers - setting["mean_depth"]) * num_tokens / num_asked
+        self.progress("scores at full depth", 0.0)
+        adapter = self.engine.runner.adapter
+        boundaries = [one.ready(adapter.device, adapter.dtype) for one in Routers.load(self.config.routers).boundaries]
+        examples = [
+            Example([*prompt, *own[:-1]], len(prompt) - 1, own[-1])
+            for prompt, own in zip(self.prompts, self.full, strict=True)
+        ]
+        prompt_exits: dict[str, Any] = {}
+        if "max_disagreement" in options:
+            certificate = pick(self.routers.certificates, options["max_disagreement"])
+            prefill_share = prefill_share_of(self.routers.boundaries[-1], certificate.prefill_threshold)
+            prompt_exits = {"prefill_share": prefill_share, "prefill_tail": certificate.prefill_tail}
+        scores = Scores(adapter, boundaries, examples)
+        others = stopping_rules(scores, depths, num_layers, asked_depth, prompt_exits)
+        return rules | {name: {**one, "exits": self.config.routers} for name, one in others.items()}, {}
+
     def _evaluated(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        self.progress(name, 0.0)
+        """A row of the table: a setting's figures."""
+        if "exits" in options:
+            options = {**options, "exits_when": "always"}
         engine = TideEngine(self.loaded, EngineConfig(**{**self.settings, **options}))
-        same = follow(engine, self.prompts, self.full)
-        self.progress(name, 0.5)
+        engine.warm_up()
+        ratios = []
+        for number in range(self.config.rounds):
+            self.progress(name, number / (self.config.rounds + 1))
+            start = time.perf_counter()
+            follow(self.engine, self.prompts, self.full)
+            middle = time.perf_counter()
+            same = follow(engine, self.prompts, self.full)
+            ratios.append((middle - start) / (time.perf_counter() - middle))
         stats, layers = engine.stats, engine.num_layers
-        depth = stats.sum_exit_layers / stats.num_generated_tokens
-        runs = sum(stats.rows_through_layer)
+        cost = sum(stats.rows_through_layer) / (layers * _rows_run(engine))
+        num_exits = stats.num_generated_tokens - stats.tokens_at_depth.get(layers, 0)
         facts = {
             "name": name,
-            **self._disagreement(same),
-            "mean_depth": round(depth, 3),
-            "ceiling_in_layers": round(layers * max(stats.rows_through_layer) / runs, 3),
+            "disagreement": _disagreement(same),
+            "mean_depth": round(stats.sum_exit_layers / stats.num_generated_tokens, 3),
+            "exit_share": round(num_exits / stats.num_generated_tokens, 5),
             "prompt_rows_stopped": round(stats.num_prefill_exits / max(stats.num_prompt_tokens, 1), 4),
+            "mean_cost": round(cost, 5),
+            "ceiling_in_layers": round(1 / cost, 3),
+            "speed": [round(float(value), 3) for value in (np.median(ratios), min(ratios), max(ratios))],
         }
+        facts |= self._perplexity(engine)
         free = answer(engine, self.prompts, self.config.max_tokens)
         partings = [_parting(ours, theirs) for ours, theirs in zip(free, self.full, strict=True)]
         parted = [at for at in partings if at is not None]
         engine.runner.pools.release()
         return {
             **facts,
-            "identical_answers": interval([at is None for at in partings]),
-            "median_first_divergence": float(np.median(parted)) if parted else None,
+            "identical_answers": exact_interval([at is None for at in partings]),
+            "first_divergence": median_interval(parted) if parted else None,
             **self._correctness(free),
         }
 
-    def _disagreement(self, same: Sequence[Sequence[bool]]) -> dict[str, Any]:
-        return {"disagreement": interval([1 - float(np.mean(one)) for one in same if one])}
+    def _perplexity(self, engine: TideEngine) -> dict[str, Any]:
+        """Perplexity of the text over full depth's, paragraphs being the unit of its interval."""
+        if not self.texts:
+            return {}
+        followed = follow_text(engine, self.texts)
+        counts = [len(one) for one in self.full_text]
+        worse = [float(np.mean(theirs) - np.mean(ours)) for ours, theirs in zip(followed, self.full_text, strict=True)]
+        return {"perplexity_ratio": [round(math.exp(value), 5) for value in interval(worse, counts)]}
 
     def _correctness(self, answers: Sequence[list[int]]) -> dict[str, Any]:
         if self.expected is None or self.loaded.tokenizer is None:
             return {}
         texts = [str(self.loaded.tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
         right = [is_right(text, wanted) for text, wanted in zip(texts, self.expected, strict=True)]
-        return {"right_answers": interval(right)}
+        return {"right_answers": exact_interval(right)}
+
+
+def _rows_run(engine: TideEngine) -> int:
+    """Rows that entered the model: layers skipped by a fixed rule see none of them."""
+    return max(engine.stats.rows_through_layer)
+
+
+def _disagreement(same: Sequence[Sequence[bool]]) -> list[float]:
+    return interval([1 - float(np.mean(one)) for one in same if one])
 
 
 def _parting(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

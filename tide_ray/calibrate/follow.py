@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from tide_ray.engine.choice import Choice
@@ -12,22 +11,31 @@ from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.types import RequestOutput, SamplingParams, UserError
 
-BOOTSTRAPS = 1000
-
 
 class FollowingSampler(Sampler):
-    """Chooses as always and notes the choice, but answers with the token to follow; requests are told by their seed."""
+    """Chooses as always and notes the choice, but answers with the token to follow; requests are told by their seed.
 
-    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+    ``same``: by request, for each token whether it would have been chosen; ``logprobs``: where they are asked for, each
+    token's log probability.
+    """
+
+    def __init__(self, answers: Sequence[Sequence[int]], *, with_logprobs: bool = False) -> None:
         self.answers = answers
         self.same: list[list[bool]] = [[] for _ in answers]
+        self.logprobs: list[list[float]] = [[] for _ in answers]
+        self._with_logprobs = with_logprobs
 
     def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
         chosen = super().choose(logits, rows).read().token_ids
         wanted = [self.answers[row.seed][row.position] for row in rows]
         for row, own, given in zip(rows, chosen, wanted, strict=True):
             self.same[row.seed].append(own == given)
-        return Choice(torch.tensor(wanted, device=logits.device), logits, [None] * len(rows))
+        tokens = torch.tensor(wanted, device=logits.device)
+        if self._with_logprobs:
+            given_logits = logits.float().gather(1, tokens[:, None])[:, 0]
+            for row, value in zip(rows, (given_logits - logits.float().logsumexp(-1)).tolist(), strict=True):
+                self.logprobs[row.seed].append(value)
+        return Choice(tokens, logits, [None] * len(rows))
 
 
 def answer(engine: TideEngine, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -42,15 +50,30 @@ def follow(engine: TideEngine, prompts: Sequence[Sequence[int]], answers: Sequen
     Raises:
         UserError: the engine rejects a prompt.
     """
-    sampler = FollowingSampler(answers)
+    return _followed(engine, prompts, FollowingSampler(answers)).same
+
+
+def follow_text(engine: TideEngine, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log probabilities of every text's tokens from the second on, each run as an answer's tokens are.
+
+    None of them but the last may be one that ends an answer.
+
+    Raises:
+        UserError: the engine rejects a text.
+    """
+    sampler = FollowingSampler([text[1:] for text in texts], with_logprobs=True)
+    return _followed(engine, [text[:1] for text in texts], sampler).logprobs
+
+
+def _followed(engine: TideEngine, prompts: Sequence[Sequence[int]], sampler: FollowingSampler) -> FollowingSampler:
     engine.runner.sampler = sampler
     try:
         # Only the last token of an answer may be one that ends it.
-        params = [SamplingParams(temperature=0, max_tokens=len(one), seed=n) for n, one in enumerate(answers)]
+        params = [SamplingParams(temperature=0, max_tokens=len(one), seed=n) for n, one in enumerate(sampler.answers)]
         _generate(engine, prompts, params)
     finally:
         engine.runner.sampler = Sampler()
-    return sampler.same
+    return sampler
 
 
 def _generate(
@@ -61,13 +84,3 @@ def _generate(
         if output.error:
             raise UserError(output.error)
     return outputs
-
-
-def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
-    """Weighted mean over prompts, with a 95 % interval by resampling them (bootstrap): ``[mean, low, high]``."""
-    given = np.asarray(values, dtype=float)
-    shares = np.ones(len(given)) if weights is None else np.asarray(weights, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(given), (BOOTSTRAPS, len(given)))
-    means = (given * shares)[draws].sum(1) / shares[draws].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [round(float(v), 5) for v in (np.average(given, weights=shares), low, high)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -150,12 +150,20 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+def reliability(scores: np.ndarray, labels: np.ndarray) -> list[tuple[float, float, int]]:
+    """Mean score, share of true labels and number of rows of each of ten bins of equal width, but for empty ones."""
+    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
+    members = [bins == b for b in range(BINS)]
+    return [(float(scores[m].mean()), float(labels[m].mean()), int(m.sum())) for m in members if m.any()]
+
+
 def calibration_error(scores: np.ndarray, labels: np.ndarray) -> float:
     """Expected calibration error over ten bins of equal width (Guo et al., arXiv 1706.04599)."""
-    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-    gaps = [
-        abs(scores[bins == b].mean() - labels[bins == b].mean()) * (bins == b).mean()
-        for b in range(BINS)
-        if (bins == b).any()
-    ]
-    return float(sum(gaps))
+    return sum(abs(score - share) * count for score, share, count in reliability(scores, labels)) / len(scores)
+
+
+def precision_at(scores: np.ndarray, labels: np.ndarray, shares: Sequence[float]) -> list[float]:
+    """Share of true labels among the rows of the highest scores, for each share of rows that is taken."""
+    right = np.cumsum(labels[np.argsort(-scores, kind="stable")])
+    counts = [max(1, round(share * len(scores))) for share in shares]
+    return [float(right[count - 1] / count) for count in counts]

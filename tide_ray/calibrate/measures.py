@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from tide_ray.calibrate.gate_training import auc, calibration_error, threshold_at
+from tide_ray.calibrate.gate_training import auc, calibration_error, precision_at, reliability, threshold_at
 from tide_ray.calibrate.judge import Judged
 from tide_ray.exits.checkpoint import Boundary
 
 ERROR_LEVELS = (0.01, 0.02, 0.05)
 COSINE = 0.98
+COVERAGES = tuple(n / 20 for n in range(1, 21))
 
 
 def depth_metrics(
@@ -21,7 +22,8 @@ def depth_metrics(
     """Figures of one boundary on the test split, whose gate scores are ``scores``.
 
     Shares are of all tokens; errors are at the thresholds set on the calibration split, ``oracle`` shares at thresholds
-    chosen on the test split itself.
+    chosen on the test split itself. ``reliability``: (mean score, share right here and later, rows) of each bin of
+    scores; ``coverage``: share right among the surest tokens, for each share of them.
     """
     depth = boundary.depth
     right = test.right(depth)
@@ -47,6 +49,12 @@ def depth_metrics(
         "auc": _rounded(auc(scores, lasting)),
         "auc_by_probability": _rounded(auc(probability, right)),
         "ece": _rounded(calibration_error(scores, lasting)),
+        "reliability": [[_rounded(score), _rounded(share), n] for score, share, n in reliability(scores, lasting)],
+        "coverage": {
+            "share": list(COVERAGES),
+            "by_gate": [_rounded(value) for value in precision_at(scores, right, COVERAGES)],
+            "by_probability": [_rounded(value) for value in precision_at(probability, right, COVERAGES)],
+        },
         "exits": exits,
     }
 

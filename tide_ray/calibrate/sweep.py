@@ -3,7 +3,7 @@
 Files in the output folder are the only state, so that a sweep that was stopped goes on where it was:
 
 - ``NAME/``: the router checkpoint of each model
-- ``sweep.json``: every model's figures, or what went wrong, written anew whenever a model ends
+- ``sweep.json``, ``report.html``: every model's figures, or what went wrong, written anew whenever a model ends
 - ``_work/``: prompts as read, and what the phases of each model have left (see ``sweep_folder``)
 - ``_lock``: the owner
 """
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tide_ray.calibrate.job import LOG_WIDTH
+from tide_ray.calibrate.pages import write_sweep_page
 from tide_ray.calibrate.sweep_config import SWEEP_FILE, SweepConfig
 from tide_ray.calibrate.sweep_folder import PHASES, ModelFolder
 from tide_ray.calibrate.sweep_job import ModelJob, located, take_inputs
@@ -256,6 +257,7 @@ class _Sweep:
         temporary = self._scratch / SWEEP_FILE
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         commit_file(temporary, self._output / SWEEP_FILE)
+        write_sweep_page(self._output, rows)
         return rows
 
 

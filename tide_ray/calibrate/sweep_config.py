@@ -17,8 +17,8 @@ from tide_ray.data.job_config import first_problem
 from tide_ray.types import UserError
 
 MAX_WORKERS = 8
-SWEEP_FILE = "sweep.json"
-"""Beside the models' folders; no model has this name."""
+SWEEP_FILE, PAGE_FILE = "sweep.json", "report.html"
+"""Beside the models' folders; no model has these names."""
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 _WORD = "[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
 _LABEL = re.compile(f"(?:{_WORD}/)?{_WORD}")
@@ -111,7 +111,7 @@ def unique_names(models: Sequence[str]) -> list[str]:
     for model in models:
         last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("._-") or "model"
-        taken = {SWEEP_FILE, *(name.lower() for name in names)}
+        taken = {SWEEP_FILE, PAGE_FILE, *(name.lower() for name in names)}
         number, name = 1, base
         while name.lower() in taken:
             number += 1

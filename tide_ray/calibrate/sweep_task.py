@@ -12,6 +12,7 @@ from typing import Any
 from tide_ray.calibrate.calibrate import fitting_examples, make_routers, new_calibration, open_engine
 from tide_ray.calibrate.corpus import Example, answer, answers, split
 from tide_ray.calibrate.fitting import Fitter
+from tide_ray.calibrate.pages import write_report
 from tide_ray.calibrate.statistics import FitStatistics
 from tide_ray.calibrate.sweep_config import SweepModel
 from tide_ray.calibrate.sweep_folder import ModelFolder, shards
@@ -134,6 +135,7 @@ class _Worker:
         before = {"generate": answer_seconds, "fit": fit_seconds}
         routers = make_routers(self.calibration, self.engine, examples, before, self._collected)
         routers.save(self.config.output)
+        write_report(self.config.output)
         self.folder.write_done({**summary(routers), "routers": routers.identity})
 
     def _collected(self, fitter: Fitter, _examples: Sequence[Example]) -> FitStatistics:
