@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig
+from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig, EvaluationConfig
 from tide_ray.calibrate.sweep_config import Resources, SweepConfig
 from tide_ray.data.job_config import GenerateJobConfig
 
@@ -38,8 +38,9 @@ def test_every_flag_that_the_readme_names_exists(monkeypatch: pytest.MonkeyPatch
     commands = typer.main.get_group(runpy.run_path(str(BENCHMARK))["app"]).commands.values()
     benchmark_options = {parameter.name for command in commands for parameter in command.params}
     flags = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
-    others = {"working-dir", "help", "config"}  # ray's own, and the two that are not settings
-    settings = (GenerateJobConfig, CalibrationConfig, CertificationConfig, SweepConfig, Resources)
+    others = {"help", "config"}  # no settings
+    others |= {"working-dir", "generate", "metrics-export-port", "from-literal"}  # of ray and of kubectl
+    settings = (GenerateJobConfig, CalibrationConfig, CertificationConfig, EvaluationConfig, SweepConfig, Resources)
     fields = {*benchmark_options, *(name for config in settings for name in config.model_fields)}
     assert flags - others <= {name.replace("_", "-") for name in fields}
     assert len(flags) > 10
