@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_depth import PROMPT_TOKENS, answer_room, decode_rate
+from bench_depth import PROMPT_TOKENS, Contender, answer_room, take_turns
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, TideEngine
@@ -161,19 +161,14 @@ def _at_residents(
     rounds: int,
 ) -> dict[str, Any]:
     """Decode rates with exactly this many residents, full depth and the exiting variants in turn."""
-    names = ["full depth", *(variant.name for variant in variants[: len(engines)])]
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    pairs = list(zip(names, [full, *engines], strict=True))
+    everyone = [Contender("full depth", full)]
+    everyone += [Contender(variant.name, engine) for variant, engine in zip(variants, engines, strict=False)]
     shorts = [prompts[n % len(prompts)][:PROMPT_TOKENS] for n in range(residents)]
-    for number in range(rounds):
-        for name, engine in pairs if number % 2 == 0 else reversed(pairs):
-            rates[name].append(decode_rate(engine, shorts, DECODE_TOKENS))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    take_turns(everyone, shorts, DECODE_TOKENS, rounds)
+    base = everyone[0].rate
     return {
         "residents": residents,
-        "tokens_per_second": {name: round(rate, 1) for name, rate in medians.items()},
-        "speedup": {name: round(rate / medians["full depth"], 3) for name, rate in medians.items()},
-        "boundaries_on": {
-            name: engine.describe()["exits"]["boundaries_on"] for name, engine in pairs if engine is not full
-        },
+        "tokens_per_second": {one.name: round(one.rate, 1) for one in everyone},
+        "speedup": {one.name: round(one.rate / base, 3) for one in everyone},
+        "boundaries_on": {one.name: one.engine.describe()["exits"]["boundaries_on"] for one in everyone[1:]},
     }
