@@ -109,6 +109,27 @@ def print_exits_report(facts: dict[str, Any]) -> None:
         console.print(speeds)
 
 
+def print_verified_report(facts: dict[str, Any]) -> None:
+    """Print, by residents, the speed of mode verified and what became of its drafts."""
+    console = _headed(facts, f"{facts['rounds']} rounds, answers of at most {facts['max_tokens']} tokens")
+    table = Table(title="mode verified: speed-up over full depth", title_justify="left")
+    names = list(facts["residents"][0]["accepted"])
+    for column in ("residents", "full depth tok/s", *names, "drafts per token", "accepted", "same answers"):
+        table.add_column(column, justify="right")
+    for row in facts["residents"]:
+        marks = [f"{row['speedup'][n]:.2f}{'' if any(row['boundaries_on'][n]) else ' (off)'}" for n in names]
+        accepted = row["accepted"][names[-1]]
+        table.add_row(
+            str(row["residents"]),
+            f"{row['tokens_per_second']['full depth']:,.0f}",
+            *marks,
+            f"{row['drafts_per_token'][names[-1]]:.2f}",
+            "-" if accepted is None else f"{accepted:.1%}",
+            f"{min(row['identical_answers'].values()):.1%}",
+        )
+    console.print(table)
+
+
 def print_quality_report(facts: dict[str, Any]) -> None:
     """Print agreement with full depth by K/V policy, and by who chooses the prompt tokens that stop."""
     console = _headed(

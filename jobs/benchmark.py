@@ -3,9 +3,10 @@
 ``python jobs/benchmark.py throughput`` compares the engine at full depth with HuggingFace ``generate`` in static
 batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``peers``
 compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures forced
-exits, ``exits`` the speed of a router checkpoint, ``quality`` what its exits cost in agreement, ``prefix`` what prompts
-that begin alike save; ``kernels`` measures the GPU kernels, and ``kernel-resources`` compiles them for every
-architecture without a GPU. Prefix caching is off but in ``prefix``: rounds repeat their prompts, and all compute them.
+exits, ``exits`` the speed of a router checkpoint, ``verified`` that of its drafts, ``quality`` what its exits cost in
+agreement, ``prefix`` what prompts that begin alike save; ``kernels`` measures the GPU kernels, and ``kernel-resources``
+compiles them for every architecture without a GPU. Prefix caching is off but in ``prefix``: rounds repeat their
+prompts, and all compute them.
 """
 
 from __future__ import annotations
@@ -210,6 +211,38 @@ def exits(
             max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
         )
     finish("exits", machine, measured, print_exits_report, output)
+
+
+@app.command()
+def verified(
+    checkpoint: Checkpoint,
+    prompts: Prompts = None,
+    exit_error: Annotated[float, typer.Option(help="calibrated error level that decides who drafts")] = 0.02,
+    residents: Annotated[str, typer.Option(help="prompts at once, separated by commas")] = "1,8,32,64",
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 128,
+    rounds: Rounds = 5,
+    num_threads: NumThreads = None,
+    limit: Limit = None,
+    output: Output = None,
+) -> None:
+    """Mode verified against full depth: the same answers, and the time they take."""
+    with user_errors():
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_verified_report
+        from bench_verified import run_verified
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_verified(
+            workload_from(prompts, None, 0, model=model, dtype=dtype, max_tokens=max_tokens, limit=limit),
+            checkpoint,
+            exit_error=exit_error,
+            residents=parse_numbers("residents", residents),
+            rounds=parse_positive("rounds", rounds),
+            num_threads=machine["num_threads"],
+        )
+    finish("verified", machine, measured, print_verified_report, output)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from references import loaded
 from tide_ray import EngineConfig, TideEngine
@@ -81,11 +81,12 @@ def forced_engine(
     holds: Sequence[int] | None = None,
     is_identity: bool = False,
     prefill_thresholds: Sequence[float] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **config: Any,
 ) -> TideEngine:
     """An engine in which a seeded random share of tokens exits at each boundary; with ``prefill_thresholds`` prompt
     tokens stop there, too."""
-    wrapped = loaded(model)
+    wrapped = loaded(model, tokenizer)
     routers = make_routers(wrapped, depths, kv_policy=kv_policy, is_identity=is_identity)
     values = {"dtype": "float32", "device": "cpu", "page_size": 4, "max_model_len": 96, "max_num_seqs": 4, **config}
     if prefill_thresholds is not None:

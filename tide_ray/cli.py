@@ -99,6 +99,7 @@ def generate(
     prefix_caching: Annotated[bool | None, _flag("prefix_caching")] = None,
     policy: Annotated[str | None, _flag("policy")] = None,
     exits: Annotated[str | None, _flag("exits")] = None,
+    mode: Annotated[str | None, _flag("mode")] = None,
     exit_threshold: Annotated[float | None, _flag("exit_threshold")] = None,
     exit_error: Annotated[float | None, _flag("exit_error")] = None,
     max_disagreement: Annotated[float | None, _flag("max_disagreement")] = None,

@@ -12,6 +12,7 @@ POLICIES = ("auto", "full", "static", "router", "confidence", "capacity", "posth
 KV_POLICIES = ("fitted", "copy", "deferred", "full")
 MEASURES = ("probability", "margin", "entropy")
 EXITS_WHEN = ("pays", "always")
+MODES = ("exits", "verified")
 COMPILE = ("auto", "off")
 CUDA_GRAPHS = ("auto", "off")
 ASYNC_SCHEDULING = ("auto", "on", "off")
@@ -41,6 +42,8 @@ class EngineConfig:
             the LM head), ``capacity`` (a fixed share of rows goes deeper), ``posthoc`` (all layers run, states are
             selected, as the TIDE paper measures it).
         exits: folder of a router checkpoint.
+        mode: ``exits``: a token that exits is part of the answer; ``verified``: it is a draft until full depth confirms
+            it, so that answers are full depth's.
         exit_threshold: score from which a token exits, at every boundary; None takes the checkpoint's for
             ``exit_error``.
         exit_error: error among exiting tokens that the checkpoint's thresholds were calibrated for; None means 0.02.
@@ -83,6 +86,7 @@ class EngineConfig:
     prefix_caching: bool = True
     policy: str = "auto"
     exits: str | None = None
+    mode: str = "exits"
     exit_threshold: float | None = None
     exit_error: float | None = None
     max_disagreement: float | None = None
@@ -110,6 +114,7 @@ class EngineConfig:
         for name, known in (
             ("policy", POLICIES),
             ("exits_when", EXITS_WHEN),
+            ("mode", MODES),
             ("compile", COMPILE),
             ("cuda_graphs", CUDA_GRAPHS),
             ("async_scheduling", ASYNC_SCHEDULING),
@@ -193,8 +198,23 @@ class EngineConfig:
         for name in ("exit_threshold", "exit_error", "max_disagreement", "kv_policy", "prefill_share"):
             if self.exits is None and getattr(self, name) is not None:
                 raise UserError(f"{name} needs exits, a router checkpoint, got {getattr(self, name)!r}")
+        if self.mode == "verified":
+            self._check_verified()
         if self.max_disagreement is not None:
             self._check_certified()
+
+    def _check_verified(self) -> None:
+        """Answers that are full depth's need gates to draft, exact K/V, and no certificate."""
+        if self.exits is None:
+            raise UserError(f"mode needs exits, a router checkpoint, got {self.mode!r}")
+        for name, allowed in (
+            ("policy", ("auto", "router", "confidence")),
+            ("kv_policy", (None, "deferred")),
+            ("prefill_share", (None,)),
+            ("max_disagreement", (None,)),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"mode 'verified' and this {name} exclude each other, got {name} {value!r}")
 
     def _check_certified(self) -> None:
         """What a certificate settles is not to be set beside it."""

@@ -157,7 +157,8 @@ class CompletionOutput:
     exit". ``token_times_us[0]`` is the time to first token since admission, then each token's time since the one
     before, in microseconds. ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` is the
     stop string or stop token id that ended it (None for EOS). ``gate_scores`` holds each token's score at the last
-    boundary that was asked, NaN where none was.
+    boundary that was asked, NaN where none was. In mode ``verified``, ``num_accepted_drafts`` tokens were chosen at a
+    boundary and confirmed by full depth, and ``num_rejected_drafts`` others were not.
     """
 
     index: int
@@ -169,6 +170,8 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     gate_scores: list[float] = field(default_factory=list)
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
 
     @property
     def mean_exit_layer(self) -> float:
@@ -202,8 +205,9 @@ class EngineStats:
     layer ran for because their K/V came from the prefix cache, ``launches`` the launches of each stage,
     ``num_filled_rows`` rows whose K/V in skipped layers were filled, ``deferred_rows`` rows that a stage ran later for
     their K/V alone, ``num_prefill_exits`` prompt rows that stopped at a boundary, ``num_dropped_tokens`` tokens chosen
-    for sequences that had ended: steps may be queued before the tokens of the last one are read, ``tokens_at_depth``
-    generated tokens by the depth that they left at.
+    for sequences that had ended: steps may be queued before the tokens of the last one are read,
+    ``num_accepted_drafts`` and ``num_rejected_drafts`` tokens chosen at a boundary that full depth confirmed or not,
+    ``tokens_at_depth`` generated tokens by the depth that they left at.
     """
 
     rows_through_layer: list[int]
@@ -219,6 +223,8 @@ class EngineStats:
     num_filled_rows: int = 0
     num_prefill_exits: int = 0
     num_dropped_tokens: int = 0
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
     deferred_rows: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -66,6 +66,24 @@ def test_a_job_with_exits_writes_the_depth_of_every_token(ray_cluster: None, job
         job.run(**{**options, "exit_threshold": 0.5}, gate_scores=True)
 
 
+def test_a_verified_job_gives_full_depths_answers_and_counts_its_drafts(
+    ray_cluster: None, job: Any, routers: Path
+) -> None:
+    code, _ = job.run(exits=str(routers), mode="verified", exit_threshold=0.0, exits_when="always")
+    assert code == 0
+    verified, facts = {row["row_id"]: row for row in job.rows("data")}, job.facts()
+    job.out = job.out.with_name("full")
+    job.run(output=str(job.out))
+    full = {row["row_id"]: row for row in job.rows("data")}
+    for name in ("generated_tokens", "generated_text", "exit_layers", "finish_reason"):
+        assert {key: row[name] for key, row in verified.items()} == {key: row[name] for key, row in full.items()}
+    assert "num_accepted_drafts" not in next(iter(full.values()))
+    counters = facts["counters"]
+    for name in ("num_accepted_drafts", "num_rejected_drafts"):
+        assert sum(row[name] for row in verified.values()) == counters[name] > 0
+    assert facts["mode"] == facts["engine"]["mode"] == "verified"
+
+
 @pytest.fixture(scope="module")
 def certified(routers: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint that ``tide-ray certify`` has certified, and the prompts: two thirds for it, then others."""

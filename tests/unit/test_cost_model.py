@@ -125,3 +125,36 @@ def test_survivors_wait_for_as_many_launches_as_the_plan_says() -> None:
         if launches[-1]:
             planner.launched(1)
     assert launches == [False, False, True, False, False, True, False]
+
+
+def test_drafts_are_paid_for_by_launches_that_they_spare() -> None:
+    """One resident: m rows of stage 0, one launch of m rows of stage 1, m choices and m - 1 drafts of the head."""
+    p, a, head = 0.75, 0.9, line(0.5, 0.25)
+    shallow, deep = line(1.0, 0.1), line(4.0, 0.1)
+    measured = EngineCosts((shallow, deep), (FREE,), (FREE,), head)
+    rate = expected_rate(measured, 1, [p], [True], [1], acceptance=a)
+    seconds = 4 * shallow(1) + deep(4) + 4 * head(2 - 0.25)
+    assert rate == pytest.approx((1 + a + a**2 + a**3) / seconds)
+    off = expected_rate(measured, 1, [p], [False], [1], acceptance=a)
+    assert off == pytest.approx(1 / (shallow(1) + deep(1) + head(1)))
+
+
+def test_nothing_is_drafted_where_drafts_are_wrong_or_rows_are_what_costs() -> None:
+    fixed, by_row = (line(1.0, 0.001), line(4.0, 0.001)), (line(0.01, 1.0), line(0.01, 1.0))
+    assert best_plan(costs(*fixed), 1, [0.7], acceptance=0.95).is_on == (True,)
+    assert best_plan(costs(*fixed), 1, [0.7], acceptance=0.3).is_on == (False,)
+    assert best_plan(costs(*by_row), 1, [0.7], acceptance=1.0).is_on == (False,)
+    # Exits save rows, drafts do not.
+    assert best_plan(costs(*by_row), 64, [0.7]).is_on == (True,)
+    assert best_plan(costs(*by_row), 64, [0.7], acceptance=1.0).is_on == (False,)
+
+
+def test_drafting_stops_once_drafts_come_out_wrong_and_is_tried_again_later() -> None:
+    planner = LaunchPlanner(costs(line(1.0, 0.001), line(4.0, 0.001)), [0.7], acceptance=0.98)
+    assert planner.plan(1).is_on == (True,)
+    for _ in range(200):
+        planner.observe_drafts(0, 1)
+    assert planner.plan(1).is_on == (False,)
+    tries = [planner.plan(1).is_on for _ in range(64 * 30)]
+    assert tries[:64] == [(False,)] * 64
+    assert tries[-1] == (True,)

@@ -8,7 +8,7 @@ import torch
 
 from tide_ray.engine.choice import Choice
 from tide_ray.engine.engine import TideEngine
-from tide_ray.engine.sampler import Sampler, SamplingRow
+from tide_ray.engine.sampler import Sampler, SamplingRow, Settle
 from tide_ray.types import RequestOutput, SamplingParams, UserError
 
 
@@ -25,8 +25,8 @@ class FollowingSampler(Sampler):
         self.logprobs: list[list[float]] = [[] for _ in answers]
         self._with_logprobs = with_logprobs
 
-    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
-        chosen = super().choose(logits, rows).read().token_ids
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow], settle: Settle | None = None) -> Choice:
+        chosen = super().choose(logits, rows, settle).read().token_ids
         wanted = [self.answers[row.seed][row.position] for row in rows]
         for row, own, given in zip(rows, chosen, wanted, strict=True):
             self.same[row.seed].append(own == given)

@@ -29,7 +29,15 @@ from tide_ray.data.logs import JobLog
 from tide_ray.data.metrics import MetricsPublisher
 from tide_ray.data.prompts import PARAMS_COLUMN, non_default_params, parse_messages, parse_sampling_params
 from tide_ray.data.reports import Reporter
-from tide_ray.data.schema import DEPTHS, ERROR_COLUMN, GATE_SCORES_COLUMN, SCORES, TIMES, TOKEN_IDS
+from tide_ray.data.schema import (
+    DEPTHS,
+    DRAFT_COLUMNS,
+    ERROR_COLUMN,
+    GATE_SCORES_COLUMN,
+    OPTIONAL_SCHEMA,
+    TIMES,
+    TOKEN_IDS,
+)
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.memory import peak_memory
@@ -73,7 +81,7 @@ class GeneratorOptions:
         continues_on_error: a rejected row gets its reason in the error column; otherwise it fails the data set.
         ledger_folder: where to note rows that are being run, to give up on rows that kill the process.
         ledger_key: the column that identifies rows there.
-        returns_gate_scores: rows get the gate's score of every token as well.
+        optional_columns: of ``OPTIONAL_SCHEMA``, which ones rows get as well.
         reports_folder: where the actor reports what it has done; see ``reports``.
         job: names the job in logs and metrics; None: Ray's own id does.
     """
@@ -85,7 +93,7 @@ class GeneratorOptions:
     continues_on_error: bool = False
     ledger_folder: str | None = None
     ledger_key: str = "row_id"
-    returns_gate_scores: bool = False
+    optional_columns: tuple[str, ...] = ()
     reports_folder: str | None = None
     job: str | None = None
 
@@ -148,7 +156,7 @@ class Generator:
         self._report_batch(results)
         if not self._engine.has_unfinished_requests():
             self._metrics.publish()  # nothing may come any more, and Ray ends the process without a word
-        yield _attach(batch, results, with_gate_scores=self._options.returns_gate_scores)
+        yield _attach(batch, results, self._options.optional_columns)
 
     async def _generate(self, row: dict[str, Any], batch_uuid: str) -> dict[str, Any]:
         start = time.perf_counter()
@@ -217,6 +225,8 @@ class Generator:
             "num_filled_rows": stats.num_filled_rows,
             "num_prefill_exits": stats.num_prefill_exits,
             "num_dropped_tokens": stats.num_dropped_tokens,
+            "num_accepted_drafts": stats.num_accepted_drafts,
+            "num_rejected_drafts": stats.num_rejected_drafts,
             "deferred_rows": dict(stats.deferred_rows),
             "tokens_at_depth": {str(depth): count for depth, count in sorted(stats.tokens_at_depth.items())},
         }
@@ -249,6 +259,7 @@ def _finished_row(output: RequestOutput, params: SamplingParams, batch_uuid: str
         "num_generated_tokens": len(completion.token_ids),
         "exit_layers": completion.exit_layers,
         GATE_SCORES_COLUMN: completion.gate_scores,
+        **{name: getattr(completion, name) for name in DRAFT_COLUMNS},
         "token_times_us": completion.token_times_us,
         "mean_exit_layer": completion.mean_exit_layer,
         "finish_reason": completion.finish_reason,
@@ -272,6 +283,7 @@ def _failed_row(row: dict[str, Any], error: str, batch_uuid: str) -> dict[str, A
         "num_generated_tokens": 0,
         "exit_layers": [],
         GATE_SCORES_COLUMN: [],
+        **dict.fromkeys(DRAFT_COLUMNS, 0),
         "token_times_us": [],
         "mean_exit_layer": 0.0,
         "finish_reason": "error",
@@ -293,8 +305,8 @@ def _given_prompt(row: dict[str, Any]) -> str | None:
     return messages if messages is None or isinstance(messages, str) else json.dumps(messages, default=str)
 
 
-def _attach(batch: pa.Table, results: Sequence[dict[str, Any]], *, with_gate_scores: bool) -> pa.Table:
-    added = pa.schema([*RESULT_SCHEMA, (GATE_SCORES_COLUMN, SCORES)]) if with_gate_scores else RESULT_SCHEMA
+def _attach(batch: pa.Table, results: Sequence[dict[str, Any]], optional_columns: Sequence[str]) -> pa.Table:
+    added = pa.schema([*RESULT_SCHEMA, *(OPTIONAL_SCHEMA.field(name) for name in optional_columns)])
     made = pa.Table.from_pylist(list(results), schema=added)
     carried = [name for name in batch.column_names if name not in added.names]
     schema = pa.schema([*(batch.schema.field(name) for name in carried), *added])

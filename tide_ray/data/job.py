@@ -22,6 +22,7 @@ from tide_ray.data.logs import JobLog
 from tide_ray.data.progress import JobProgress, display_for
 from tide_ray.data.reports import Reports
 from tide_ray.data.run_facts import job_fields, job_id, prefix_hit_rate, print_summary, software_versions
+from tide_ray.data.schema import optional_columns
 from tide_ray.data.snapshot import Snapshot, write_snapshot
 from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint import read_certificates
@@ -205,7 +206,7 @@ class _Generation:
                 wraps_strings=not config.raw,
                 system_prompt=config.system_prompt,
                 returns_given_prompt=True,
-                returns_gate_scores=self.config.gate_scores,
+                optional_columns=optional_columns(config),
                 continues_on_error=True,
                 ledger_folder=str(self.folder.scratch / "running"),
                 reports_folder=self.reports.folder,

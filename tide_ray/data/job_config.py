@@ -22,7 +22,7 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 ENGINE_FIELDS = (
     "dtype", "device", "revision", "trust_remote_code", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
-    "policy", "exits", "exit_threshold", "exit_error", "max_disagreement", "certified_loss", "exit_min_depth",
+    "policy", "exits", "mode", "exit_threshold", "exit_error", "max_disagreement", "certified_loss", "exit_min_depth",
     "exits_when", "confidence_measure", "capacity", "kv_policy", "prefill_share", "prefill_tail", "exit_layer",
     "skip_layers", "static_cost", "compile", "cuda_graphs", "async_scheduling", "num_threads", "prefix_caching",
 )  # fmt: skip
@@ -75,6 +75,10 @@ class GenerateJobConfig(BaseModel):
         default="auto", description="auto, full, static, or with exits: router, confidence, capacity, posthoc"
     )
     exits: str | None = Field(default=None, description="folder of a router checkpoint: tokens exit early")
+    mode: str = Field(
+        default="exits",
+        description="exits: tokens that exit count; verified: they are drafts, answers are full depth's",
+    )
     exit_threshold: float | None = Field(default=None, description="score from which tokens exit, in [0, 1]")
     exit_error: float | None = Field(
         default=None, description="use the thresholds calibrated for this error among exits; default 0.02"

@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 from tide_ray.data.schema import (
     ERROR_COLUMN,
     ERROR_SCHEMA,
-    GATE_SCORES_COLUMN,
     KEPT_PREFIX,
+    OPTIONAL_SCHEMA,
     OUTPUT_SCHEMA,
-    SCORES,
     with_metadata,
 )
 
@@ -35,9 +34,7 @@ def output_table(block: pa.Table) -> pa.Table:
     """The successful rows of a processed block, in the output schema with optional and kept columns behind."""
     rows = block.filter(pc.equal(block[ERROR_COLUMN], ""))
     kept = [name for name in block.column_names if name.startswith(KEPT_PREFIX)]
-    ours = [*OUTPUT_SCHEMA]
-    if GATE_SCORES_COLUMN in block.column_names:
-        ours.append(pa.field(GATE_SCORES_COLUMN, SCORES))
+    ours = [*OUTPUT_SCHEMA, *(field for field in OPTIONAL_SCHEMA if field.name in block.column_names)]
     columns = [rows[item.name].cast(item.type) for item in ours] + [rows[name] for name in kept]
     fields = [*ours, *(pa.field(name.removeprefix(KEPT_PREFIX), block[name].type) for name in kept)]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))

@@ -22,7 +22,7 @@ from tide_ray.exits.checkpoint import routers_identity
 REPORTED_PACKAGES = ("tide-ray", "torch", "transformers", "ray", "pyarrow")
 
 EXIT_FIELDS = (
-    "exit_threshold", "exit_error", "max_disagreement", "certified_loss", "exit_min_depth", "exits_when",
+    "mode", "exit_threshold", "exit_error", "max_disagreement", "certified_loss", "exit_min_depth", "exits_when",
     "confidence_measure", "capacity", "kv_policy", "prefill_share", "prefill_tail",
 )  # fmt: skip
 

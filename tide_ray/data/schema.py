@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from tide_ray.data.job_config import GenerateJobConfig
+
 SCHEMA_VERSION = "1"
 METADATA_PREFIX = "tide_ray."
 ERROR_COLUMN = "__inference_error__"
@@ -25,7 +27,20 @@ DEPTHS = _plain_list(pa.int16())
 TIMES = _plain_list(pa.int32())
 SCORES = _plain_list(pa.float32())
 GATE_SCORES_COLUMN = "gate_scores"
-"""There when asked for: of every token the score at the last boundary that asked it, NaN where none did."""
+DRAFT_COLUMNS = ("num_accepted_drafts", "num_rejected_drafts")
+OPTIONAL_SCHEMA = pa.schema([(GATE_SCORES_COLUMN, SCORES), *((name, pa.int32()) for name in DRAFT_COLUMNS)])
+"""Columns that are there when asked for. ``gate_scores``: of every token the score at the last boundary that asked it,
+NaN where none did. In mode ``verified``: how many tokens drafted at a boundary full depth confirmed, and how many not.
+"""
+
+
+def optional_columns(config: GenerateJobConfig) -> tuple[str, ...]:
+    """Names of the columns that a job's output has beside those it always has."""
+    return (
+        *((GATE_SCORES_COLUMN,) if config.gate_scores else ()),
+        *(DRAFT_COLUMNS if config.mode == "verified" else ()),
+    )
+
 
 OUTPUT_SCHEMA = pa.schema(
     [

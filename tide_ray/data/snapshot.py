@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.locate import open_sources
 from tide_ray.data.prompts import PARAMS_COLUMN, PROMPT_COLUMNS, PromptRow, RowMaker, prompt_columns
-from tide_ray.data.schema import GATE_SCORES_COLUMN, KEPT_PREFIX, OUTPUT_SCHEMA
+from tide_ray.data.schema import KEPT_PREFIX, OUTPUT_SCHEMA, optional_columns
 from tide_ray.data.sources import Source, conform
 from tide_ray.types import UserError
 
@@ -136,7 +136,7 @@ def _kept_schema(plans: list[tuple[Source, tuple[str, ...]]], config: GenerateJo
     except pa.ArrowException as error:
         raise UserError(f"keep_columns: the sources differ: {' '.join(str(error).split())}") from None
     for name in merged.names:
-        if name in OUTPUT_SCHEMA.names or (config.gate_scores and name == GATE_SCORES_COLUMN):
+        if name in OUTPUT_SCHEMA.names or name in optional_columns(config):
             raise UserError(f"keep_columns: {name!r} is a column of the output; rename it in the input")
     return merged
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence as Seq
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +14,8 @@ from tide_ray.engine.flow import Arrivals, Flow, Leaving
 from tide_ray.engine.kv_fill import KVFill
 from tide_ray.engine.lanes import ASKED, FOLLOWS, PREFILL, Lane, row_starts
 from tide_ray.engine.rows import LaunchCache
-from tide_ray.engine.sequence import PendingState
+from tide_ray.engine.sequence import PendingState, Sequence
+from tide_ray.engine.speculation import must_run_deep
 from tide_ray.engine.transfers import upload, upload_one
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.policies import Candidates, ExitPolicy
@@ -30,17 +32,19 @@ class BoundaryExits:
         policy: decides for tokens being generated.
         kv_policy: ``fitted``, ``copy``, ``deferred``, or ``full``: all layers run and states are only selected.
         prefill_thresholds: at each boundary, predicted damage below which prompt tokens stop; None: they go on.
+        verifies: tokens chosen at a boundary are drafts, of which a sequence may have so many only.
     """
 
     def __init__(
         self,
-        boundaries: Sequence[Boundary],
+        boundaries: Seq[Boundary],
         policy: ExitPolicy,
         fill: KVFill,
         stats: EngineStats,
         *,
         kv_policy: str,
-        prefill_thresholds: Sequence[float | None],
+        prefill_thresholds: Seq[float | None],
+        verifies: bool = False,
     ) -> None:
         self.boundaries = boundaries
         self.policy = policy
@@ -48,6 +52,7 @@ class BoundaryExits:
         self.stats = stats
         self.kv_policy = kv_policy
         self.prefill_thresholds = list(prefill_thresholds)
+        self.verifies = verifies
         self.observed = [[0, 0] for _ in boundaries]  # rows asked, rows stopped, since last taken
 
     def split(self, boundary: int, flow: Flow, *, is_on: bool) -> tuple[Flow | Arrivals | None, Leaving | None]:
@@ -110,7 +115,7 @@ class BoundaryExits:
             Candidates(
                 boundary=boundary,
                 states=rows,
-                thresholds=np.array([lane.sequence.exit_rules.thresholds[boundary] for lane in asking]),
+                thresholds=np.array([self._threshold(boundary, lane.sequence) for lane in asking]),
                 scorers=[lane.sequence.exit_rules.scorer for lane in asking],
                 keys=[(lane.sequence.seed, lane.sequence.num_tokens) for lane in asking],
             )
@@ -125,7 +130,11 @@ class BoundaryExits:
                 begin, end = starts[n], starts[n + 1]
                 stops[begin:end] |= fates[begin:end] == FOLLOWS
 
-    def _prompt_stops(self, boundary: int, lanes: Sequence[Lane], states: Tensor, fates: np.ndarray) -> np.ndarray:
+    def _threshold(self, boundary: int, sequence: Sequence) -> float:
+        """Score from which its newest token stops."""
+        return math.inf if self.verifies and must_run_deep(sequence) else sequence.exit_rules.thresholds[boundary]
+
+    def _prompt_stops(self, boundary: int, lanes: Seq[Lane], states: Tensor, fates: np.ndarray) -> np.ndarray:
         gate = self.boundaries[boundary].prefill_gate
         assert gate is not None, "prefill exits need a prefill gate"
         prompt = np.flatnonzero(fates == PREFILL)
@@ -173,7 +182,8 @@ class BoundaryExits:
             places = np.cumsum(stops) - 1
             states = states[upload_one(places[last[numbers]], states.device)]
         head = self.boundaries[boundary]
-        return Leaving([flow.lanes[n] for n in numbers], head.head(states), head.depth)
+        lanes = [flow.lanes[n] for n in numbers]
+        return Leaving(lanes, head.head(states), head.depth, [len(lane.sequence.drafts) for lane in lanes])
 
     def _select(
         self, boundary: int, flow: Flow, states: Tensor, starts: np.ndarray, stops: np.ndarray

@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tide_ray.engine.speculation import MAX_DRAFTS
+
 MAX_HOLD = 8
 MIN_GAIN = 1.02
 """A boundary is used only when the model promises this much over leaving it off: promises come out up to 2 % too high,
@@ -87,7 +89,12 @@ class LaunchPlan:
 
 
 def expected_rate(
-    costs: EngineCosts, residents: int, shares: Sequence[float], is_on: Sequence[bool], holds: Sequence[int]
+    costs: EngineCosts,
+    residents: int,
+    shares: Sequence[float],
+    is_on: Sequence[bool],
+    holds: Sequence[int],
+    acceptance: float | None = None,
 ) -> float:
     """Tokens per second in the steady state.
 
@@ -95,30 +102,47 @@ def expected_rate(
         residents: sequences that decode.
         shares: of the rows that reach each boundary, the share that exits there when it is on.
         is_on, holds: as in LaunchPlan.
+        acceptance: exits are drafts, and this share of those that full depth judges is right. None: they are tokens.
 
     With n rows in a launch of stage 0, reach q_s of them at stage s and one launch of stage s for every K_s of stage 0,
     residents are n (1 + sum_s (K_s - K_(s-1)) q_s): those in flight and those that wait. A launch that no row would
     reach does not happen, which matters where few rows decode: the others get what is left of the rows.
+
+    Drafts save no rows, only launches: all positions go through every stage in the end, those of a chain together, and
+    each draft passes the head twice. Of a chain of m rows (a^m - 1) / (a - 1) tokens come on average, with acceptance a
+    (Leviathan et al., arXiv 2211.17192).
     """
     reach, every = [1.0], [1]
     for share, on, hold in zip(shares, is_on, holds, strict=True):
         reach.append(reach[-1] * (1 - share) if on else reach[-1])
         every.append(every[-1] * hold if on else every[-1])
+    if acceptance is not None:
+        reach = [max(share, 1 / (MAX_DRAFTS + 1)) for share in reach]
     in_flight = 1.0 + sum((every[s] - every[s - 1]) * reach[s] for s in range(1, len(every)))
     rows = residents / in_flight
-    seconds = costs.head(rows)
+    num_chosen = rows if acceptance is None else rows * (2 - reach[-1])
+    seconds = costs.head(num_chosen)
     for s, stage in enumerate(costs.stages):
-        launched = every[s] * reach[s] * rows
+        asked = every[s] * reach[s] * rows
+        launched = asked if acceptance is None else every[s] * rows
         happens = 1 - (1 - reach[s]) ** (every[s] * rows)
         if not happens:
             continue
         seconds += stage(launched / happens) * happens / every[s]
         if s < len(is_on) and is_on[s]:
             asks = costs.gates[s](launched / happens) * happens
-            leaves = 1 - (1 - shares[s]) ** launched
-            exits = costs.exits[s](launched * shares[s] / leaves) * leaves if leaves else 0.0
+            leaves = 1 - (1 - shares[s]) ** asked
+            exits = costs.exits[s](asked * shares[s] / leaves) * leaves if leaves else 0.0
             seconds += (asks + exits) / every[s]
-    return rows / seconds
+    kept = 1.0 if acceptance is None else _kept_share(1 / reach[-1], acceptance)
+    return rows * kept / seconds
+
+
+def _kept_share(length: float, acceptance: float) -> float:
+    """Tokens that a chain of ``length`` rows gives, for each of its rows."""
+    if acceptance >= 1:
+        return 1.0
+    return (1 - acceptance**length) / ((1 - acceptance) * length)
 
 
 def best_plan(
@@ -129,6 +153,7 @@ def best_plan(
     min_gain: float = MIN_GAIN,
     min_hold_gain: float = MIN_HOLD_GAIN,
     must_be_on: bool = False,
+    acceptance: float | None = None,
 ) -> LaunchPlan:
     """The plan of the highest expected rate.
 
@@ -136,10 +161,11 @@ def best_plan(
         min_gain: all boundaries are off unless one promises this much over that.
         min_hold_gain: survivors go on at once unless waiting promises this much over that.
         must_be_on: only plans with every boundary on are compared.
+        acceptance: as in ``expected_rate``.
     """
     num = len(shares)
     off = (False,) * num, (1,) * num
-    best = LaunchPlan(*off, expected_rate(costs, residents, shares, *off))
+    best = LaunchPlan(*off, expected_rate(costs, residents, shares, *off, acceptance))
     if must_be_on:
         best = LaunchPlan((True,) * num, (1,) * num, 0.0)
     choices = [(True,) * num] if must_be_on else list(itertools.product((False, True), repeat=num))
@@ -153,7 +179,7 @@ def best_plan(
     for plans, gain in ((at_once, min_gain), (waiting, min_hold_gain)):
         needed = best.rate * gain
         for is_on, holds in plans:
-            rate = expected_rate(costs, residents, shares, is_on, holds)
+            rate = expected_rate(costs, residents, shares, is_on, holds, acceptance)
             if rate > max(best.rate, needed):
                 best = LaunchPlan(is_on, holds, rate)
     return best

@@ -96,7 +96,13 @@ class TideEngine:
                 gpu.runs(adapter.device, adapter.dtype, unfit_heads(head_dim))
             if routers is not None:
                 install_exits(config, routers, self.runner, self.max_num_seqs)
-        self.committer = Committer(self.scheduler, self.stats, now_us)
+        self.committer = Committer(
+            self.scheduler,
+            self.stats,
+            now_us,
+            full_depth=stages[-1].depth if config.mode == "verified" else None,
+            judged=self.runner.drafts_judged,
+        )
         self.runs_ahead = runs_ahead(config, self.runner)
         self._in_flight: deque[Launch] = deque()  # queued and not read, oldest first
         self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
@@ -269,6 +275,7 @@ class TideEngine:
             "model_fingerprint": self.model.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
+            "mode": config.mode,
             "policy": "router" if self.routers is not None and config.policy == "auto" else config.resolved_policy,
             "exits": self.describe_exits(),
             "stages": [

@@ -38,7 +38,7 @@ def load_routers(config: EngineConfig, model: LoadedModel, adapter: Adapter) -> 
     routers.check_made_for(
         fingerprint_of(
             model,
-            kv_policy=config.kv_policy or routers.facts.kv_policy,
+            kv_policy=(config.kv_policy if config.mode == "exits" else None) or routers.facts.kv_policy,
             num_layers=adapter.num_layers,
             hidden_size=adapter.config.hidden_size,
         )
@@ -60,7 +60,8 @@ def install_exits(config: EngineConfig, routers: Routers, runner: Runner, max_nu
     # Where states are only selected every layer runs, so no plan could save anything.
     costs = None if exits.kv_policy == "full" else measure_costs(runner, exits, max_num_seqs)
     runner.exits = exits
-    runner.planner = LaunchPlanner(costs, shares, always=config.exits_when == "always")
+    acceptance = 1 - (config.exit_error or DEFAULT_EXIT_ERROR) if exits.verifies else None
+    runner.planner = LaunchPlanner(costs, shares, always=config.exits_when == "always", acceptance=acceptance)
 
 
 def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner) -> dict[str, Any] | None:
@@ -77,6 +78,8 @@ def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner
         "kv_policy": exits.kv_policy,
         "prefill_thresholds": exits.prefill_thresholds,
         "certificate": None if certificate is None else certificate.to_json(),
+        "mode": config.mode,
+        "acceptance": None if planner.acceptance is None else round(planner.acceptance, 4),
         "exits_when": config.exits_when,
         "exit_shares": [round(share, 4) for share in planner.shares],
         "boundaries_on": list(planner.current.is_on),
@@ -97,6 +100,8 @@ def build_exits(
     kv_policy = config.kv_policy or routers.facts.kv_policy
     if config.resolved_policy == "posthoc":
         kv_policy = "full"
+    if config.mode == "verified":
+        kv_policy = "deferred"  # every position runs every layer in the end, whatever thresholds were calibrated with
     routers.boundaries[:] = [boundary.ready(adapter.device, adapter.dtype) for boundary in routers.boundaries]
     kinds = find_rotary(adapter)
     has_fitted = kinds is not None and all(boundary.kv_head is not None for boundary in routers.boundaries)
@@ -118,6 +123,7 @@ def build_exits(
         stats,
         kv_policy=kv_policy,
         prefill_thresholds=prefill,
+        verifies=config.mode == "verified",
     )
 
 

@@ -72,8 +72,12 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """Lanes whose token is chosen now: ``states`` ``[n, D]`` go through the model's final norm and head."""
+    """Tokens to choose now: ``states`` ``[n, D]`` go through the model's final norm and head.
+
+    ``lanes``: each token's; ``num_drafts``: how many drafts of its sequence come before it.
+    """
 
     lanes: list[Lane]
     states: Tensor
     depth: int
+    num_drafts: list[int]

@@ -46,6 +46,11 @@ class Lane:
             return False
         return len(self.fates) == 1 or bool((self.fates[:-1] == FOLLOWS).all())
 
+    @property
+    def pending(self) -> list[PendingState]:
+        """Pending positions that its rows attend to."""
+        return [p for p in self.sequence.pending if p.position < self.span.positions[-1]]
+
     def select(self, kept: np.ndarray) -> Lane:
         """The lane with the rows for which ``kept`` holds. It chooses no token once its last row has left."""
         if kept.all():

@@ -17,6 +17,10 @@ TIME_SMOOTHING = 0.02
 TIME_STEP = 0.1
 """Plans are made anew when a stage takes this much more or less of its measured time."""
 MAX_TIME_FACTOR = 4.0
+DRAFTS_KEPT = 64
+"""Judged drafts that the share of right ones is taken over."""
+FORGETTING = 0.1
+"""Of what was learnt of drafts, the part that each probe takes back while nothing is drafted."""
 WARM_ROWS = 32
 """Rows to see at a boundary before its observed share of exits replaces the calibrated one."""
 
@@ -28,12 +32,22 @@ class LaunchPlanner:
         costs: measured; None: every boundary is on and survivors go on at once.
         shares: of the rows that reach each boundary, the share expected to exit (from calibration).
         always: keep every boundary on, whether it pays or not.
+        acceptance: share of drafts expected to be right, where exits are drafts.
     """
 
-    def __init__(self, costs: EngineCosts | None, shares: Sequence[float], *, always: bool = False) -> None:
+    def __init__(
+        self,
+        costs: EngineCosts | None,
+        shares: Sequence[float],
+        *,
+        always: bool = False,
+        acceptance: float | None = None,
+    ) -> None:
         self.costs = costs
         self.shares = list(shares)
         self.always = always or costs is None
+        self.acceptance = acceptance
+        self._expected_acceptance = acceptance or 0.0
         self._seen = [0] * len(shares)
         self._since = [0] * (len(shares) + 1)  # launches of the stage before, since each stage's last launch
         self._steps = 0
@@ -45,23 +59,30 @@ class LaunchPlanner:
     def plan(self, residents: int) -> LaunchPlan:
         """The plan for a step with this many decoding sequences."""
         self._steps += 1
+        if self.probes and self.acceptance is not None and not self.current.exits:
+            # Nothing is drafted, so nothing is learnt: after a while it is worth another try.
+            self.acceptance += FORGETTING * (self._expected_acceptance - self.acceptance)
         if self.costs is None or residents == 0:
             return self.current
         rounded = [round(share * 50) for share in self.shares]
         slowed = [round(factor / TIME_STEP) for factor in self.time_factors]
-        key = (_bucket(residents), *rounded, *slowed)
+        right = -1 if self.acceptance is None else round(self.acceptance * 50)
+        key = (_bucket(residents), right, *rounded, *slowed)
         if key not in self._plans:
             costs = self.costs.scaled([factor * TIME_STEP for factor in slowed])
-            self._plans[key] = self._choose(costs, key[0], [share / 50 for share in rounded])
+            acceptance = None if self.acceptance is None else right / 50
+            self._plans[key] = self._choose(costs, key[0], [share / 50 for share in rounded], acceptance)
         chosen = self._plans[key]
         self.num_switches += chosen.is_on != self.current.is_on
         self.current = chosen
         return chosen
 
-    def _choose(self, costs: EngineCosts, residents: int, shares: Sequence[float]) -> LaunchPlan:
+    def _choose(
+        self, costs: EngineCosts, residents: int, shares: Sequence[float], acceptance: float | None
+    ) -> LaunchPlan:
         if self.always:
-            return best_plan(costs, residents, shares, min_gain=0.0, must_be_on=True)
-        return best_plan(costs, residents, shares)
+            return best_plan(costs, residents, shares, min_gain=0.0, must_be_on=True, acceptance=acceptance)
+        return best_plan(costs, residents, shares, acceptance=acceptance)
 
     @property
     def probes(self) -> bool:
@@ -77,6 +98,13 @@ class LaunchPlanner:
             return
         weight = min(1.0, SMOOTHING * num_asked / 32)
         self.shares[boundary] += weight * (num_stopped / num_asked - self.shares[boundary])
+
+    def observe_drafts(self, num_right: int, num_wrong: int) -> None:
+        """Note how many drafts of a chain full depth confirmed, and whether one was wrong."""
+        num_judged = num_right + num_wrong
+        if self.acceptance is not None and num_judged:
+            weight = min(1.0, num_judged / DRAFTS_KEPT)
+            self.acceptance += weight * (num_right / num_judged - self.acceptance)
 
     def took(self, stages: Sequence[int], num_rows: int, seconds: float) -> None:
         """Note how long a launch of decode rows took, through one stage or several."""

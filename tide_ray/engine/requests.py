@@ -131,6 +131,8 @@ def to_output(request: Request, tokenizer: Any, *, finished: bool = True) -> Req
                 stop_reason=sequence.stop_reason,
                 logprobs=logprobs,
                 gate_scores=list(sequence.gate_scores),
+                num_accepted_drafts=sequence.num_accepted_drafts,
+                num_rejected_drafts=sequence.num_rejected_drafts,
             )
         )
     admitted = min((s.admitted_us for s in request.sequences if s.admitted_us), default=request.arrival_us)

@@ -28,6 +28,7 @@ from tide_ray.engine.rows import LaunchCache, RowBatch, attends_by_row, build_ro
 from tide_ray.engine.sampler import Sampler, SamplingRow
 from tide_ray.engine.scheduler import ScheduledSpan
 from tide_ray.engine.sequence import PendingState, Sequence
+from tide_ray.engine.speculation import Trial, proposals
 from tide_ray.engine.stages import Stage
 from tide_ray.engine.transfers import upload, upload_one
 from tide_ray.models.adapter import Adapter
@@ -98,6 +99,11 @@ class Runner:
                 leaving += [left] if left is not None else []
         return self._choose(leaving)
 
+    def drafts_judged(self, num_right: int, num_wrong: int) -> None:
+        """Drafts of a chain that full depth confirmed, and whether one was wrong: what drafting is worth."""
+        if self.planner is not None:
+            self.planner.observe_drafts(num_right, num_wrong)
+
     # ---- stages ----
 
     def _plan(self, lanes: Seq[Lane]) -> tuple[tuple[bool, ...], bool]:
@@ -166,7 +172,7 @@ class Runner:
         if not num_ready:
             return None
         self.planner.launched(index)
-        has_pending = any(lane.sequence.pending for lane in lanes)
+        has_pending = any(lane.pending for lane in lanes)
         if arrived is not None and not waiting and not has_pending:
             return arrived if isinstance(arrived, Flow) else self.prepared(arrived.lanes, arrived.hidden)
         merged = self._merged(index, arrived, waiting)
@@ -201,9 +207,10 @@ class Runner:
             for sequence in waiting:
                 sequence.stage = 0
         for n, (lane, origin) in enumerate(entries):
-            pending = [p for p in lane.sequence.pending if p.stage == index]
+            pending = [p for p in lane.pending if p.stage == index]
             if pending:
-                lane.sequence.pending[:] = [p for p in lane.sequence.pending if p.stage != index]
+                taken = {p.position for p in pending}
+                lane.sequence.pending[:] = [p for p in lane.sequence.pending if p.position not in taken]
                 merged, by_position = with_pending(lane, pending)
                 rows = np.concatenate([np.arange(num_rows, num_rows + len(pending)), origin])
                 entries[n] = merged, rows[by_position]
@@ -225,13 +232,22 @@ class Runner:
     # ---- tokens ----
 
     def _finished(self, flow: Flow) -> list[Leaving]:
-        numbers = [n for n, lane in enumerate(flow.lanes) if lane.samples]
-        if not numbers:
+        """Tokens of full depth: each sampling lane's last row chooses one, and a row for each draft of its sequence."""
+        lanes: list[Lane] = []
+        rows: list[int] = []
+        num_drafts: list[int] = []
+        for lane, end in zip(flow.lanes, row_starts(flow.lanes)[1:], strict=True):
+            if lane.samples:
+                count = len(lane.sequence.drafts) + 1
+                assert count <= lane.num_rows, "drafts come from pending positions"
+                lanes += [lane] * count
+                rows += range(end - count, end)
+                num_drafts += range(count)
+        if not rows:
             return []
-        last = row_starts(flow.lanes)[1:][numbers] - 1
-        is_all = len(last) == len(flow.hidden)
-        states = flow.hidden if is_all else flow.hidden[upload_one(last, flow.hidden.device)]
-        return [Leaving([flow.lanes[n] for n in numbers], states, self.stages[-1].depth)]
+        is_all = len(rows) == len(flow.hidden)
+        states = flow.hidden if is_all else flow.hidden[upload_one(np.array(rows), flow.hidden.device)]
+        return [Leaving(lanes, states, self.stages[-1].depth, num_drafts)]
 
     def _choose(self, leaving: Seq[Leaving]) -> Launch:
         if not leaving:
@@ -239,8 +255,20 @@ class Runner:
         states = torch.cat([left.states for left in leaving])
         lanes = [lane for left in leaving for lane in left.lanes]
         depths = [left.depth for left in leaving for _ in left.lanes]
-        logits = self.adapter.head(self.adapter.final_norm(states[None]))
-        return Launch(lanes, depths, self.sampler.choose(logits, [sampling_row(lane.sequence) for lane in lanes]))
+        num_drafts = [number for left in leaving for number in left.num_drafts]
+        rows = [sampling_row(lane.sequence, number) for lane, number in zip(lanes, num_drafts, strict=True)]
+        logits = self._logits(states)
+        if self.exits is None or not self.exits.verifies:
+            return Launch(lanes, depths, self.sampler.choose(logits, rows))
+        sequences = [lane.sequence for lane in lanes]
+        trial = Trial.of(sequences, num_drafts, rows, self._logits)
+        choice = self.sampler.choose(logits, rows, trial.settle if trial is not None else None)
+        is_draft = [depth < self.stages[-1].depth for depth in depths]
+        return Launch(lanes, depths, choice, proposals(sequences, is_draft, rows, states, logits, choice.tokens))
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Pre-norm states ``[n, D]`` -> ``[n, V]``."""
+        return self.adapter.head(self.adapter.final_norm(states[None]))
 
 
 def _take_tokens(rows: RowBatch, lanes: Seq[Lane], ahead: Launch) -> None:
@@ -253,15 +281,15 @@ def _take_tokens(rows: RowBatch, lanes: Seq[Lane], ahead: Launch) -> None:
         rows.token_ids = gather_rows(both, upload_one(sources, both.device))
 
 
-def sampling_row(sequence: Sequence) -> SamplingRow:
-    """What the sampler must know to choose the sequence's next token."""
-    position = len(sequence.output_ids) + sequence.num_ahead
+def sampling_row(sequence: Sequence, num_drafts: int = 0) -> SamplingRow:
+    """What the sampler must know to choose the sequence's next token, after its first ``num_drafts`` drafts."""
+    position = len(sequence.output_ids) + num_drafts + sequence.num_ahead
     params = sequence.params
     needs_history = params.repetition_penalty != 1.0
     return SamplingRow(
         params=params,
         seed=sequence.seed,
         position=position,
-        token_ids=sequence.prompt_ids + sequence.output_ids if needs_history else (),
+        token_ids=sequence.prompt_ids + sequence.answer_with_drafts(num_drafts) if needs_history else (),
         suppressed=tuple(sequence.stop_ids) if position < params.min_tokens else (),
     )

@@ -9,8 +9,9 @@ by top_p (where HuggingFace keeps an arbitrary part of them), so that no result 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ BLOCK = 256
 MIN_TEMPERATURE = 1e-6
 
 _UINT64_MASK = 2**64 - 1
+
+Settle: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(slots=True)
@@ -57,15 +60,18 @@ class Sampler:
     """Stateless: everything a draw depends on is in the row."""
 
     @torch.inference_mode()
-    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow], settle: Settle | None = None) -> Choice:
         """Choose one token per row. GPU kernels do so without a word from the host.
 
         Args:
             logits: [R, V], any float dtype; left unchanged.
             rows: R rows.
+            settle: may change the tokens chosen, [R], in place; it gets the logits as well.
         """
         assert logits.shape[:-1] == (len(rows),), f"{tuple(logits.shape) = }, {len(rows) = }"
         chosen = _chosen_in_one_launch(logits, rows) if gpu.run_on(logits) else self._chosen(logits, rows)
+        if settle is not None:
+            settle(chosen, logits)
         return Choice(chosen, logits, [row.params.logprobs for row in rows])
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
@@ -82,7 +88,7 @@ class Sampler:
             chosen[index] = argmax(logits.index_select(0, index))
         uniforms = upload_one(uniform([row.seed for row in rows], [row.position for row in rows]), logits.device)
         for group in _processed_groups(logits, rows, skip=set(plain)):
-            draws = _draw(group.weights, uniforms[group.rows])
+            draws = draw(group.weights, uniforms[group.rows])
             chosen[group.rows] = draws if group.ids is None else group.ids.gather(1, draws[:, None])[:, 0]
         return chosen
 
@@ -257,7 +263,7 @@ def _by_token_id(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -
     return _Group(rows, weights[:, :width].gather(1, order), ids)
 
 
-def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Inverse CDF: the first column whose cumulative weight exceeds ``uniform * total``, never one of weight 0.
 
     Args:

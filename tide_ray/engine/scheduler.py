@@ -128,6 +128,18 @@ class Scheduler:
         if is_resident and num_computed % self.pool.page_size == 0:
             self._share(sequence, num_computed, is_computed=True)
 
+    def take_back_drafts(self, sequence: Sequence, num_right: int) -> None:
+        """Full depth has seen its drafts: all of them are taken from it.
+
+        The positions of the first ``num_right``, and the one that chose the next token, stay computed. What was
+        computed behind them, and pages for it, was for nothing.
+        """
+        sequence.num_computed -= len(sequence.drafts) - num_right
+        sequence.drafts.clear()
+        num_pages = self._pages_for(sequence.num_computed + 1)
+        self.pool.release(sequence.pages[num_pages:])
+        del sequence.pages[num_pages:]
+
     def waiting_for_stage(self, stage: int) -> list[Sequence]:
         """Residents whose newest token has run every stage before ``stage`` and waits for it."""
         return [s for s in self.residents if s.stage == stage]

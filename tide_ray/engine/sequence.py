@@ -43,13 +43,34 @@ class PendingState:
     state: Tensor  # [D]
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """How a draft was drawn: with which probability, from which exit head's state ``[D]``."""
+
+    probability: float
+    state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token chosen at a boundary that full depth has not confirmed yet.
+
+    ``score``: of the gate that let it go; ``proposal``: there where it is accepted by ratio (see ``speculation``).
+    """
+
+    token_id: int
+    score: float
+    proposal: Proposal | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """State of one continuation (completion ``index`` of a request).
 
     ``num_computed`` counts tokens whose K/V are in the pages. All tokens but the newest are computed while decoding;
-    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled. ``num_ahead`` counts tokens
-    that follow the known ones: launches choose them that have not been read yet. ``prefix`` are its first
+    fewer while the prompt (or, after a preemption, prompt and answer) is being prefilled. ``drafts`` follow the answer
+    until full depth has seen them; each comes from one of the last positions, which are ``pending``. ``num_ahead``
+    counts tokens that follow the known ones: launches choose them that have not been read yet. ``prefix`` are its first
     pages as others may share them, full and never written again; ``num_cached_tokens`` counts prompt tokens whose pages
     were there when it was first admitted.
     """
@@ -69,6 +90,9 @@ class Sequence:
     detokenizer: Detokenizer | None = None
     gate_scores: list[float] = field(default_factory=list)
     exit_rules: ExitRules = NO_EXITS
+    drafts: list[Draft] = field(default_factory=list)
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
     num_computed: int = 0
     num_ahead: int = 0
     slot: int = -1  # its row in the buffers of waiting states while it is resident
@@ -85,8 +109,8 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and answer, those ahead included."""
-        return len(self.prompt_ids) + len(self.output_ids) + self.num_ahead
+        """Of prompt and answer, drafts and those ahead included."""
+        return len(self.prompt_ids) + len(self.output_ids) + len(self.drafts) + self.num_ahead
 
     @property
     def num_uncomputed(self) -> int:
@@ -107,11 +131,16 @@ class Sequence:
         return self.finish_reason is not None
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Tokens at positions ``start`` to ``start + count``, over prompt and answer, as far as they are known."""
+        """Tokens at positions ``start`` to ``start + count``, over prompt, answer and drafts, as far as known."""
         prompt_length = len(self.prompt_ids)
+        answer = self.answer_with_drafts(len(self.drafts)) if self.drafts else self.output_ids
         if start >= prompt_length:
-            return self.output_ids[start - prompt_length : start - prompt_length + count]
-        return (self.prompt_ids[start : start + count] + self.output_ids)[:count]
+            return answer[start - prompt_length : start - prompt_length + count]
+        return (self.prompt_ids[start : start + count] + answer)[:count]
+
+    def answer_with_drafts(self, num_drafts: int) -> list[int]:
+        """Its tokens so far, and the first ``num_drafts`` drafts."""
+        return self.output_ids + [draft.token_id for draft in self.drafts[:num_drafts]]
 
     @property
     def kv_tag(self) -> bool:
@@ -132,6 +161,7 @@ class Sequence:
         self.prefix = []
         self.num_computed = self.stage = 0
         self.pending.clear()
+        self.drafts.clear()  # their states are gone, and with them what would confirm them
 
     def page_array(self) -> np.ndarray:
         return np.array(self.pages, dtype=np.int32)
