@@ -104,6 +104,7 @@ def generate(
     exit_error: Annotated[float | None, _flag("exit_error")] = None,
     max_disagreement: Annotated[float | None, _flag("max_disagreement")] = None,
     certified_loss: Annotated[str | None, _flag("certified_loss")] = None,
+    shadow: Annotated[float | None, _flag("shadow")] = None,
     exit_min_depth: Annotated[int | None, _flag("exit_min_depth")] = None,
     exits_when: Annotated[str | None, _flag("exits_when")] = None,
     confidence_measure: Annotated[str | None, _flag("confidence_measure")] = None,

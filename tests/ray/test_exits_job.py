@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tide_ray import UserError
-from tide_ray.exits.checkpoint import read_certificates
+from tide_ray.exits.checkpoint import add_certificates, read_certificates
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -118,6 +119,30 @@ def test_a_certified_job_records_its_guarantee_and_rejects_rows_that_would_void_
     assert facts["max_disagreement"] == 0.9
     assert facts["engine"]["exits"]["certificate"] == json.loads(json.dumps(loose.to_json()))
     assert "certification prompts" in facts["engine"]["exits"]["certificate"]["guarantee"] or not loose.has_exits
+
+
+def test_a_job_whose_rows_disagree_more_than_certified_ends_with_exits_off(
+    ray_cluster: None, job: Any, certified: tuple[Path, Path], tmp_path: Path
+) -> None:
+    routers = tmp_path / "routers"
+    shutil.copytree(certified[0], routers)
+    loose = replace(read_certificates(routers)[0], epsilon=0.01, thresholds=(0.0, 0.0), prefill_threshold=None)
+    add_certificates(routers, [loose], {})
+    options = {"exits": str(routers), "max_disagreement": 0.01, "exits_when": "always", "ignore_eos": False}
+    code, printed = job.run(**options, shadow=1.0, max_tokens=12)
+    assert code == 0
+    assert "exits stopped" in printed
+    rows, facts = job.rows("data"), job.facts()
+    (drift,) = facts["drift"]
+    assert drift["share"] == 1.0
+    assert drift["tripped_after"] < len(rows)
+    assert facts["final_exits"][0]["is_stopped"]
+    losses = [row["shadow_loss"] for row in rows if row["shadow_loss"] is not None]
+    assert len(losses) == drift["num_shadowed"]
+    assert sum(losses) / len(losses) == pytest.approx(drift["mean_loss"], abs=1e-4)
+    assert {row["exits_on"] for row in rows} == {True, False}
+    with pytest.raises(UserError, match="shadow"):
+        job.run(**options, max_tokens=12)
 
 
 def test_the_certified_benchmark_has_the_figures_of_certification_beside_its_own(certified: tuple[Path, Path]) -> None:

@@ -179,3 +179,28 @@ def test_closing_ends_requests_that_wait(engine: ScriptedEngine, shared: AsyncEn
             await shared.generate("x", params(1))
 
     asyncio.run(run())
+
+
+def test_a_call_runs_in_the_engines_thread_also_when_nothing_else_is_to_do(
+    engine: ScriptedEngine, shared: AsyncEngine
+) -> None:
+    async def call() -> tuple[str, int]:
+        name = await shared.run(lambda _: threading.current_thread().name)
+        await shared.generate("p", params(3))
+        return name, await shared.run(lambda one: one.num_steps)
+
+    name, num_steps = asyncio.run(call())
+    assert {name} == engine.threads
+    assert num_steps >= 3
+
+
+def test_a_call_that_fails_fails_for_its_caller_alone(shared: AsyncEngine) -> None:
+    def fail(_engine: ScriptedEngine) -> None:
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        asyncio.run(shared.run(fail))
+    assert asyncio.run(shared.generate("p", params(1))).finished
+    shared.close()
+    with pytest.raises(EngineDeadError):
+        asyncio.run(shared.run(fail))

@@ -33,13 +33,17 @@ from tide_ray.data.schema import (
     DEPTHS,
     DRAFT_COLUMNS,
     ERROR_COLUMN,
+    EXITS_ON_COLUMN,
     GATE_SCORES_COLUMN,
     OPTIONAL_SCHEMA,
+    SHADOW_LOSS_COLUMN,
     TIMES,
     TOKEN_IDS,
 )
+from tide_ray.data.shadow import DriftGuard, ShadowOptions
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
+from tide_ray.engine.exit_setup import certificate_of
 from tide_ray.engine.memory import peak_memory
 from tide_ray.types import Prompt, RequestOutput, SamplingParams, UserError
 
@@ -81,6 +85,7 @@ class GeneratorOptions:
         continues_on_error: a rejected row gets its reason in the error column; otherwise it fails the data set.
         ledger_folder: where to note rows that are being run, to give up on rows that kill the process.
         ledger_key: the column that identifies rows there.
+        shadow: watch for drift on some rows, told by ``ledger_key``; needs an engine with a certificate.
         optional_columns: of ``OPTIONAL_SCHEMA``, which ones rows get as well.
         reports_folder: where the actor reports what it has done; see ``reports``.
         job: names the job in logs and metrics; None: Ray's own id does.
@@ -93,6 +98,7 @@ class GeneratorOptions:
     continues_on_error: bool = False
     ledger_folder: str | None = None
     ledger_key: str = "row_id"
+    shadow: ShadowOptions | None = None
     optional_columns: tuple[str, ...] = ()
     reports_folder: str | None = None
     job: str | None = None
@@ -121,6 +127,7 @@ class Generator:
         except UserError as error:
             self._report_failure(error)
             raise
+        self._guard = self._drift_guard()
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
         facts, seconds = self._engine.describe(), time.perf_counter() - start
         self._log.event("engine started", seconds=round(seconds, 3), engine=facts)
@@ -135,7 +142,8 @@ class Generator:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Generate for each row. Yields one table: ``batch``'s columns and RESULT_SCHEMA's, rows in input order."""
-        names = [n for n in ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN) if n in batch.column_names]
+        wanted = ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN, self._options.ledger_key)
+        names = [name for name in wanted if name in batch.column_names]
         if self._reporter is not None:
             self._reporter.rows_arrived()
         rows = batch.select(names).to_pylist() if names else [{} for _ in range(batch.num_rows)]
@@ -162,7 +170,13 @@ class Generator:
         start = time.perf_counter()
         try:
             prompt, params = self._request(row)
-            output = await self._async_engine.generate(prompt, params)
+            generate = partial(self._async_engine.generate, prompt, params)
+            loss, exits_on = None, True
+            if self._guard is None:
+                output = await generate()
+            else:
+                row_id = str(row[self._options.ledger_key])
+                output, loss, exits_on = await self._guard.answer(row_id, params, generate)
             if output.error:
                 raise UserError(output.error)
         except UserError as error:
@@ -171,6 +185,7 @@ class Generator:
                 raise
             return _failed_row(row, str(error), batch_uuid)
         result = _finished_row(output, params, batch_uuid, time.perf_counter() - start)
+        result |= {SHADOW_LOSS_COLUMN: loss, EXITS_ON_COLUMN: exits_on}
         if self._options.returns_given_prompt:
             result["prompt"] = _given_prompt(row)
         return result
@@ -204,6 +219,13 @@ class Generator:
         if self._options.system_prompt is not None and not self._has_chat_template:
             raise UserError("system_prompt needs a chat template, the model's tokenizer has none")
 
+    def _drift_guard(self) -> DriftGuard | None:
+        if self._options.shadow is None:
+            return None
+        certificate = certificate_of(self._engine.config, self._engine.routers)
+        assert certificate is not None, "the job has checked that there is one"
+        return DriftGuard(self._async_engine, certificate, self._options.shadow)
+
     def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
         totals = {
             "rows": len(results),
@@ -231,7 +253,8 @@ class Generator:
             "tokens_at_depth": {str(depth): count for depth, count in sorted(stats.tokens_at_depth.items())},
         }
         memory = peak_memory(self._engine.model.device)
-        self._reporter.batch_done(totals, engine, self._engine.describe_exits(), memory)
+        drift = None if self._guard is None else self._guard.facts()
+        self._reporter.batch_done(totals, engine, self._engine.describe_exits(), memory, drift)
 
     def _report_failure(self, error: Exception) -> None:
         self._log.error("engine failed", error=str(error))

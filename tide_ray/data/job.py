@@ -75,6 +75,8 @@ def _check_certified(config: GenerateJobConfig) -> None:
         return
     certificate = pick(read_certificates(config.exits), config.max_disagreement, config.certified_loss)
     certificate.check_request(config.sampling_params())
+    if config.shadow is not None and certificate.loss == "task":
+        raise UserError("shadow: the certified loss must be tokens or answers, got 'task'")
     for name, value in (("kv_policy", config.kv_policy), ("dtype", config.dtype)):
         if value not in (None, "auto", certified := certificate.fingerprint[name]):
             raise UserError(f"{name}: max_disagreement is certified for {certified!r} only, got {value!r}")
@@ -167,6 +169,7 @@ class _Generation:
         return {
             "engine": self.reports.engine_facts(),
             "final_exits": self.reports.final_exits(),
+            "drift": self.reports.drift(),
             "actors": self.reports.processes(),
             "counters": counters,
             "prefix_hit_rate": prefix_hit_rate(counters),
@@ -180,6 +183,16 @@ class _Generation:
 
     def _log_progress(self, text: str, facts: dict[str, Any]) -> None:
         self.log.event("progress" if facts else text, **facts)
+
+    def _shadow(self) -> Any:
+        """How actors watch for drift, or None. Each has a test of its own, together they keep to one delta."""
+        from tide_ray.data.shadow import ShadowOptions
+
+        config = self.config
+        if config.shadow is None or config.max_disagreement is None or config.exits is None:
+            return None
+        certificate = pick(read_certificates(config.exits), config.max_disagreement, config.certified_loss)
+        return ShadowOptions(share=config.shadow, seed=config.seed or 0, delta=certificate.delta / config.num_actors)
 
     def _plan(self, todo: Path, num_left: int) -> tuple[Any, Any]:
         import ray
@@ -207,6 +220,7 @@ class _Generation:
                 system_prompt=config.system_prompt,
                 returns_given_prompt=True,
                 optional_columns=optional_columns(config),
+                shadow=self._shadow(),
                 continues_on_error=True,
                 ledger_folder=str(self.folder.scratch / "running"),
                 reports_folder=self.reports.folder,

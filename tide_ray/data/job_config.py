@@ -87,6 +87,10 @@ class GenerateJobConfig(BaseModel):
         default=None, description="use the settings certified for at most this share of tokens unlike full depth's"
     )
     certified_loss: str = Field(default="tokens", description="what that bounds: tokens, answers or task")
+    shadow: float | None = Field(
+        default=None,
+        description="share of rows to answer at full depth as well; exits stop once more disagrees than certified",
+    )
     exit_min_depth: int = Field(default=0, description="tokens exit only after at least this many layers")
     exits_when: str = Field(default="pays", description="pays: only where exits save time; always")
     confidence_measure: str = Field(default="probability", description="probability, margin or entropy")
@@ -126,6 +130,11 @@ class GenerateJobConfig(BaseModel):
         config.engine_config()
         if config.raw and config.system_prompt is not None:
             raise UserError("system_prompt needs the chat template, got raw=True")
+        if config.shadow is not None:
+            if not 0 < config.shadow <= 1:
+                raise UserError(f"shadow must be in (0, 1], got {config.shadow!r}")
+            if config.max_disagreement is None:
+                raise UserError(f"shadow needs max_disagreement, a certified bound to watch, got {config.shadow!r}")
         if config.gate_scores and config.exits is None:
             raise UserError("gate_scores needs exits, a router checkpoint, got none")
         if "://" in config.output:

@@ -38,15 +38,22 @@ class Reporter:
             self._write(first_rows=time.time())
 
     def batch_done(
-        self, totals: dict[str, int], counters: dict[str, Any], exits: dict[str, Any] | None, memory: dict[str, int]
+        self,
+        totals: dict[str, int],
+        counters: dict[str, Any],
+        exits: dict[str, Any] | None,
+        memory: dict[str, int],
+        drift: dict[str, Any] | None = None,
     ) -> None:
         """Add one batch's ``totals``.
 
-        ``counters``, ``exits`` (the launch plan) and ``memory`` (``peak_memory``) are the engine's as they are now.
+        ``counters``, ``exits`` (the launch plan), ``memory`` (``peak_memory``) and ``drift`` (what the drift guard has
+        found) are the engine's as they are now.
         """
         summed = {key: self._report["totals"][key] + totals[key] for key in TOTALS}
         process = {**self._report.get("process", {}), **memory}
-        self._write(totals=summed, counters=counters, exits=exits, process=process, last_batch=time.time())
+        now = {"counters": counters, "exits": exits, "process": process, "drift": drift, "last_batch": time.time()}
+        self._write(totals=summed, **now)
 
     def failed(self, message: str, is_user_error: bool) -> None:
         """Why this actor cannot go on. The first failure is kept: later ones are its consequences."""
@@ -92,6 +99,10 @@ class Reports:
     def final_exits(self) -> list[dict[str, Any]]:
         """What each engine's launch planner had come to at its last batch; empty without exits."""
         return [report["exits"] for report in self._read() if report.get("exits")]
+
+    def drift(self) -> list[dict[str, Any]]:
+        """What each actor's drift guard had found at its last batch; empty without."""
+        return [report["drift"] for report in self._read() if report.get("drift")]
 
     def processes(self) -> list[dict[str, Any]]:
         """How long each actor's engine took to start, and the most memory the actor has held."""

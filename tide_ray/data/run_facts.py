@@ -42,6 +42,7 @@ def job_fields(config: GenerateJobConfig, model_identity: str, snapshot: Snapsho
         "exits": routers_identity(config.exits) if config.exits else None,
         **{name: getattr(config, name) for name in EXIT_FIELDS},
         "gate_scores": config.gate_scores,
+        "shadow": config.shadow,
         "exit_layer": config.exit_layer,
         "skip_layers": config.skip_layers,
         "static_cost": config.static_cost,
@@ -84,6 +85,9 @@ def print_summary(console: Console, output: Path, facts: Mapping[str, Any]) -> N
         table.add_row("tokens/s", f"{facts['tokens_per_second']:,.1f}")
     if facts["tokens"]:
         table.add_row("mean depth", f"{facts['mean_depth']:.2f}")
+    tripped = [one for one in facts.get("drift", []) if one["tripped_after"] is not None]
+    if tripped:
+        table.add_row("exits stopped", f"drift in {len(tripped)} of {len(facts['drift'])} actors")
     if facts.get("prefix_hit_rate"):
         table.add_row("prompt from cache", f"{facts['prefix_hit_rate']:.1%}")
     table.add_row("output", str(output))

@@ -28,9 +28,18 @@ TIMES = _plain_list(pa.int32())
 SCORES = _plain_list(pa.float32())
 GATE_SCORES_COLUMN = "gate_scores"
 DRAFT_COLUMNS = ("num_accepted_drafts", "num_rejected_drafts")
-OPTIONAL_SCHEMA = pa.schema([(GATE_SCORES_COLUMN, SCORES), *((name, pa.int32()) for name in DRAFT_COLUMNS)])
+SHADOW_LOSS_COLUMN, EXITS_ON_COLUMN = "shadow_loss", "exits_on"
+OPTIONAL_SCHEMA = pa.schema(
+    [
+        (GATE_SCORES_COLUMN, SCORES),
+        *((name, pa.int32()) for name in DRAFT_COLUMNS),
+        (SHADOW_LOSS_COLUMN, pa.float32()),
+        (EXITS_ON_COLUMN, pa.bool_()),
+    ]
+)
 """Columns that are there when asked for. ``gate_scores``: of every token the score at the last boundary that asked it,
 NaN where none did. In mode ``verified``: how many tokens drafted at a boundary full depth confirmed, and how many not.
+With a drift guard: the loss of a row that was shadowed, else null, and whether exits were still on when it was done.
 """
 
 
@@ -39,6 +48,7 @@ def optional_columns(config: GenerateJobConfig) -> tuple[str, ...]:
     return (
         *((GATE_SCORES_COLUMN,) if config.gate_scores else ()),
         *(DRAFT_COLUMNS if config.mode == "verified" else ()),
+        *((SHADOW_LOSS_COLUMN, EXITS_ON_COLUMN) if config.shadow is not None else ()),
     )
 
 

@@ -9,9 +9,9 @@ import asyncio
 import itertools
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ class SteppedEngine(Protocol):
 
 
 Engine = TypeVar("Engine", bound=SteppedEngine)
+Result = TypeVar("Result")
 
 
 class EngineDeadError(RuntimeError):
@@ -41,6 +42,13 @@ class _Waiter:
     params: SamplingParams
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[RequestOutput]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    work: Callable[[Any], Any]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
 
 
 class AsyncEngine(Generic[Engine]):
@@ -63,6 +71,7 @@ class AsyncEngine(Generic[Engine]):
         self._changed = threading.Condition()
         self._arrived: deque[_Waiter] = deque()
         self._cancelled: deque[str] = deque()
+        self._calls: deque[_Call] = deque()
         self._waiting: dict[str, _Waiter] = {}
         self._is_closing = False
         self._failure: BaseException | None = None
@@ -96,10 +105,7 @@ class AsyncEngine(Generic[Engine]):
         loop = asyncio.get_running_loop()
         waiter = _Waiter(request_id or f"request-{next(self._ids)}", prompt, params, loop, loop.create_future())
         with self._changed:
-            if self._failure is not None:
-                raise EngineDeadError(f"the engine failed: {self._failure}") from self._failure
-            if self._is_closing:
-                raise EngineDeadError("the engine is closed")
+            self._check_alive()
             self._arrived.append(waiter)
             self._changed.notify()
         try:
@@ -110,12 +116,33 @@ class AsyncEngine(Generic[Engine]):
                 self._changed.notify()
             raise
 
+    async def run(self, work: Callable[[Engine], Result]) -> Result:
+        """What ``work`` returns, or raises: it is called with the engine, in its thread, between two steps.
+
+        Raises:
+            EngineDeadError: the engine failed before, or is closed.
+        """
+        loop = asyncio.get_running_loop()
+        call = _Call(work, loop, loop.create_future())
+        with self._changed:
+            self._check_alive()
+            self._calls.append(call)
+            self._changed.notify()
+        result: Result = await call.future
+        return result
+
     def close(self) -> None:
         """Stop the thread after its current step; requests still waiting get EngineDeadError. May be called twice."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine failed: {self._failure}") from self._failure
+        if self._is_closing:
+            raise EngineDeadError("the engine is closed")
 
     def _run(self) -> None:
         # torch keeps its thread count per thread: without this a new thread starts from OMP_NUM_THREADS.
@@ -138,32 +165,47 @@ class AsyncEngine(Generic[Engine]):
     def _take_changes(self) -> bool:
         """Hand arrivals and cancellations to the engine, sleeping until there is work. False when closing."""
         with self._changed:
-            while not (self._arrived or self._cancelled or self._is_closing or self._engine.has_unfinished_requests()):
+            while not (self._arrived or self._cancelled or self._calls or self._is_closing or self._has_requests()):
                 self._changed.wait()
             if self._is_closing:
                 return False
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, deque()
+            calls, self._calls = self._calls, deque()
         for waiter in arrived:
             self._waiting[waiter.request_id] = waiter
             self._engine.add_request(waiter.request_id, waiter.prompt, waiter.params)
         for request_id in cancelled:
             if self._waiting.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
+        for call in calls:
+            _resolve([(call, _outcome(call.work, self._engine))])
         return True
+
+    def _has_requests(self) -> bool:
+        return self._engine.has_unfinished_requests()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
-            left = [*self._waiting.values(), *self._arrived]
+            left: list[_Waiter | _Call] = [*self._waiting.values(), *self._arrived, *self._calls]
             self._waiting.clear()
             self._arrived.clear()
+            self._calls.clear()
         _resolve([(waiter, error) for waiter in left])
 
 
-def _resolve(results: list[tuple[_Waiter | None, RequestOutput | BaseException]]) -> None:
+def _outcome(work: Callable[[Any], Any], engine: Any) -> Any:
+    """What a call returns or raises: its failure is its caller's, and the engine goes on."""
+    try:
+        return work(engine)
+    except Exception as error:  # of any kind: it is raised where the call was made
+        return error
+
+
+def _resolve(results: Sequence[tuple[_Waiter | _Call | None, Any]]) -> None:
     """Deliver results, with one wake-up per event loop; results that nobody waits for any more are dropped."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiter, RequestOutput | BaseException]]] = defaultdict(list)
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiter | _Call, Any]]] = defaultdict(list)
     for waiter, result in results:
         if waiter is not None:
             by_loop[waiter.loop].append((waiter, result))
@@ -172,7 +214,7 @@ def _resolve(results: list[tuple[_Waiter | None, RequestOutput | BaseException]]
             loop.call_soon_threadsafe(_set_results, pairs)
 
 
-def _set_results(pairs: list[tuple[_Waiter, RequestOutput | BaseException]]) -> None:
+def _set_results(pairs: list[tuple[_Waiter | _Call, Any]]) -> None:
     for waiter, result in pairs:
         if waiter.future.done():
             continue

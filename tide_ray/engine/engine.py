@@ -294,6 +294,12 @@ class TideEngine:
             "num_threads": torch.get_num_threads(),
         }
 
+    def stop_exits(self) -> None:
+        """From the next step on, and for good, every token runs every layer. What has exited stays as it is."""
+        if self.runner.exits is not None and self.runner.planner is not None:
+            self.runner.exits.prefill_thresholds = [None] * len(self.runner.exits.boundaries)
+            self.runner.planner.stop()
+
     def describe_exits(self) -> dict[str, Any] | None:
         """The checkpoint, the settings of exits and the launch plan as it is now; None without exits."""
         return describe_exits(self.config, self.routers, self.runner)

@@ -55,6 +55,12 @@ class LaunchPlanner:
         self._plans: dict[tuple[int, ...], LaunchPlan] = {}
         self.current = LaunchPlan((True,) * len(shares), (1,) * len(shares), 0.0)
         self.num_switches = 0
+        self.is_stopped = False
+
+    def stop(self) -> None:
+        """Every boundary is off from now on, whatever it would save."""
+        off = (False,) * len(self.shares)
+        self.current, self.is_stopped = LaunchPlan(off, (1,) * len(off), 0.0), True
 
     def plan(self, residents: int) -> LaunchPlan:
         """The plan for a step with this many decoding sequences."""
@@ -62,7 +68,7 @@ class LaunchPlanner:
         if self.probes and self.acceptance is not None and not self.current.exits:
             # Nothing is drafted, so nothing is learnt: after a while it is worth another try.
             self.acceptance += FORGETTING * (self._expected_acceptance - self.acceptance)
-        if self.costs is None or residents == 0:
+        if self.costs is None or residents == 0 or self.is_stopped:
             return self.current
         rounded = [round(share * 50) for share in self.shares]
         slowed = [round(factor / TIME_STEP) for factor in self.time_factors]
@@ -87,7 +93,7 @@ class LaunchPlanner:
     @property
     def probes(self) -> bool:
         """Whether this step asks the boundaries that are off as well."""
-        return self._steps % PROBE_EVERY == 1
+        return self._steps % PROBE_EVERY == 1 and not self.is_stopped
 
     def observe(self, boundary: int, num_asked: int, num_stopped: int) -> None:
         """Note what a boundary's policy said."""
