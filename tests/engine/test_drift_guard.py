@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tide_ray import EngineConfig, RequestOutput, SamplingParams, TideEngine
 from tide_ray.calibrate.calibrate import calibrate
 from tide_ray.calibrate.certify import certify
 from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig
+from tide_ray.data.logs import JobLog
 from tide_ray.data.shadow import DriftGuard, OrderedLosses, ShadowOptions, is_shadowed
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.exits.certificates import ExitSetting
@@ -65,7 +67,7 @@ def run_guarded(
     )  # fmt: skip
     engine = AsyncEngine(lambda: TideEngine.from_pretrained(str(model), config))
     try:
-        guard = DriftGuard(engine, read_certificates(routers)[0], ALL)
+        guard = DriftGuard(engine, read_certificates(routers)[0], ALL, JobLog(logging.getLogger(__name__), "job"))
 
         async def answer_all() -> tuple[list[Any], list[RequestOutput]]:
             rows = (guard.answer(str(n), params, partial(engine.generate, p, params)) for n, p in enumerate(prompts))

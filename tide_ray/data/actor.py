@@ -127,7 +127,7 @@ class Generator:
         except UserError as error:
             self._report_failure(error)
             raise
-        self._guard = self._drift_guard()
+        self._drift = self._make_drift_guard()
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
         facts, seconds = self._engine.describe(), time.perf_counter() - start
         self._log.event("engine started", seconds=round(seconds, 3), engine=facts)
@@ -172,11 +172,11 @@ class Generator:
             prompt, params = self._request(row)
             generate = partial(self._async_engine.generate, prompt, params)
             loss, exits_on = None, True
-            if self._guard is None:
+            if self._drift is None:
                 output = await generate()
             else:
                 row_id = str(row[self._options.ledger_key])
-                output, loss, exits_on = await self._guard.answer(row_id, params, generate)
+                output, loss, exits_on = await self._drift.answer(row_id, params, generate)
             if output.error:
                 raise UserError(output.error)
         except UserError as error:
@@ -219,12 +219,12 @@ class Generator:
         if self._options.system_prompt is not None and not self._has_chat_template:
             raise UserError("system_prompt needs a chat template, the model's tokenizer has none")
 
-    def _drift_guard(self) -> DriftGuard | None:
+    def _make_drift_guard(self) -> DriftGuard | None:
         if self._options.shadow is None:
             return None
         certificate = certificate_of(self._engine.config, self._engine.routers)
         assert certificate is not None, "the job has checked that there is one"
-        return DriftGuard(self._async_engine, certificate, self._options.shadow)
+        return DriftGuard(self._async_engine, certificate, self._options.shadow, self._log)
 
     def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
         totals = {
@@ -253,7 +253,7 @@ class Generator:
             "tokens_at_depth": {str(depth): count for depth, count in sorted(stats.tokens_at_depth.items())},
         }
         memory = peak_memory(self._engine.model.device)
-        drift = None if self._guard is None else self._guard.facts()
+        drift = None if self._drift is None else self._drift.facts()
         self._reporter.batch_done(totals, engine, self._engine.describe_exits(), memory, drift)
 
     def _report_failure(self, error: Exception) -> None:

@@ -6,19 +6,17 @@ Which rows follows from their ids. Losses are tested in the order in which the r
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from tide_ray.calibrate.drift import DriftTest, shadow_loss
+from tide_ray.data.logs import JobLog
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
 from tide_ray.exits.certificates import Certificate
 from tide_ray.types import RequestOutput, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +64,11 @@ class DriftGuard:
         engine: runs the settings of ``certificate``.
     """
 
-    def __init__(self, engine: AsyncEngine[TideEngine], certificate: Certificate, options: ShadowOptions) -> None:
+    def __init__(
+        self, engine: AsyncEngine[TideEngine], certificate: Certificate, options: ShadowOptions, log: JobLog
+    ) -> None:
         self._engine = engine
+        self._log = log
         self._certificate = certificate
         self._options = options
         self._losses = OrderedLosses(self._add)
@@ -105,12 +106,7 @@ class DriftGuard:
         had_tripped = self.test.has_tripped
         self.test.add(loss)
         if self.test.has_tripped and not had_tripped:
-            logger.warning(
-                "disagreement with full depth is above the certified %s: %.4f over %d shadowed rows; exits are off",
-                self._certificate.epsilon,
-                self.test.mean_loss,
-                self.test.num_losses,
-            )
+            self._log.warning("drift: more disagreement with full depth than certified, exits are off", **self.facts())
 
 
 def _measured(
