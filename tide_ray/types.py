@@ -43,6 +43,8 @@ class SamplingParams:
         logprobs: return this many top log probabilities per token (of the unprocessed logits) and the sampled one's.
         exit_threshold, exit_min_depth, exit_policy: override the engine's settings for this request; ``exit_policy`` is
             ``full`` (no early exit, of the prompt's tokens neither), ``router`` or ``confidence``. Ours, not vLLM's.
+        max_disagreement: take the exits that the checkpoint has a certificate for, as the engine's setting of this name
+            does, for this request alone. Its prompt runs every layer unless the engine itself runs that certificate.
 
     Raises:
         UserError: a value is outside its range.
@@ -64,6 +66,7 @@ class SamplingParams:
     exit_threshold: float | None = None
     exit_min_depth: int | None = None
     exit_policy: str | None = None
+    max_disagreement: float | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -85,15 +88,16 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         integers = ("top_k", "max_tokens", "min_tokens", "n")
+        optional = ("exit_threshold", "max_disagreement")
         for name in (*integers, "seed", "logprobs", "exit_min_depth"):
             value = getattr(self, name)
             if value is None and name not in integers:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise UserError(f"{name} must be an integer, got {value!r}")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "exit_threshold"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", *optional):
             value = getattr(self, name)
-            if value is None and name == "exit_threshold":
+            if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{name} must be a number, got {value!r}")
@@ -120,6 +124,7 @@ class SamplingParams:
             ("exit_threshold", self.exit_threshold is None or 0 <= self.exit_threshold <= 1, "in [0, 1]"),
             ("exit_min_depth", self.exit_min_depth is None or self.exit_min_depth >= 0, "at least 0"),
             ("exit_policy", self.exit_policy in (None, *REQUEST_POLICIES), f"one of {', '.join(REQUEST_POLICIES)}"),
+            ("max_disagreement", self.max_disagreement is None or 0 < self.max_disagreement <= 1, "in (0, 1]"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
         )
         for name, is_valid, expected in checks:
@@ -158,7 +163,9 @@ class CompletionOutput:
     before, in microseconds. ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` is the
     stop string or stop token id that ended it (None for EOS). ``gate_scores`` holds each token's score at the last
     boundary that was asked, NaN where none was. In mode ``verified``, ``num_accepted_drafts`` tokens were chosen at a
-    boundary and confirmed by full depth, and ``num_rejected_drafts`` others were not.
+    boundary and confirmed by full depth, and ``num_rejected_drafts`` others were not. In a delta all lists and ``text``
+    hold only what is new, and ``token_texts`` the part of ``text`` that came with each token (none for a token whose
+    text is held back).
     """
 
     index: int
@@ -172,6 +179,7 @@ class CompletionOutput:
     gate_scores: list[float] = field(default_factory=list)
     num_accepted_drafts: int = 0
     num_rejected_drafts: int = 0
+    token_texts: list[str] = field(default_factory=list)
 
     @property
     def mean_exit_layer(self) -> float:
@@ -181,7 +189,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What became of one request. ``error`` is empty unless the request was rejected.
+    """What became of one request, whole or a delta of it. ``error`` is empty unless the request was rejected.
 
     ``num_cached_tokens``: prompt tokens of the first completion whose K/V came from the prefix cache.
     """

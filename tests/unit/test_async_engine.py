@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import aclosing
 
 import pytest
 
@@ -17,6 +18,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.left: dict[str, int] = {}
+        self.streamed: set[str] = set()
         self.aborted: list[str] = []
         self.threads: set[str] = set()
         self.num_steps = 0
@@ -25,9 +27,13 @@ class ScriptedEngine:
         self.may_step = threading.Event()
         self.may_step.set()
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, delta_interval_us: int | None = None
+    ) -> None:
         assert request_id not in self.left
         self.left[request_id] = params.max_tokens
+        if delta_interval_us is not None:
+            self.streamed.add(request_id)
 
     def abort(self, request_id: str) -> None:
         self.left.pop(request_id, None)
@@ -48,7 +54,11 @@ class ScriptedEngine:
         done = [request_id for request_id, count in self.left.items() if count == 0]
         for request_id in done:
             del self.left[request_id]
-        return [RequestOutput(i, None, [1], [CompletionOutput(0, i, [1], [1], [1], "length")]) for i in done]
+        outputs = [RequestOutput(i, None, [1], [CompletionOutput(0, i, [1], [1], [1], "length")]) for i in done]
+        going = [i for i in self.left if i in self.streamed]
+        return outputs + [
+            RequestOutput(i, None, [1], [CompletionOutput(0, "x", [1], [1], [1])], finished=False) for i in going
+        ]
 
 
 @pytest.fixture
@@ -162,6 +172,50 @@ def test_a_failing_step_reaches_everybody_who_waits_and_kills_the_engine(
     results = asyncio.run(run())
     assert [str(result) for result in results if isinstance(result, RuntimeError)] == ["out of memory"] * 3
     assert shared.is_dead
+
+
+def test_a_stream_gives_every_delta_and_ends_with_the_finished_one(shared: AsyncEngine) -> None:
+    async def run() -> tuple[list[bool], RequestOutput]:
+        whole = asyncio.create_task(shared.generate("x", params(4)))
+        return [output.finished async for output in shared.stream("x", params(4))], await whole
+
+    assert asyncio.run(run())[0] == [False, False, False, True]
+
+
+def test_leaving_a_stream_aborts_its_request(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> None:
+        async with aclosing(shared.stream("x", params(100_000_000), "left")) as stream:
+            async for _ in stream:
+                break
+        while not engine.aborted:
+            await asyncio.sleep(0.01)
+        assert [output async for output in shared.stream("x", params(1))][-1].finished
+
+    asyncio.run(run())
+    assert engine.aborted == ["left"]
+
+
+def test_a_failing_step_ends_streams(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> None:
+        async for _ in shared.stream("x", params(100_000_000)):
+            engine.error = RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(run())
+
+
+def test_an_engine_tells_how_long_it_has_been_in_a_step(engine: ScriptedEngine, shared: AsyncEngine) -> None:
+    async def run() -> float:
+        engine.may_step.clear()
+        task = asyncio.create_task(shared.generate("x", params(1)))
+        await asyncio.sleep(0.2)
+        stuck = shared.seconds_in_step
+        engine.may_step.set()
+        await task
+        return stuck
+
+    assert asyncio.run(run()) > 0.1
+    assert shared.seconds_in_step == 0
 
 
 def test_closing_ends_requests_that_wait(engine: ScriptedEngine, shared: AsyncEngine) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -21,7 +22,9 @@ from tide_ray.types import Prompt, RequestOutput, SamplingParams
 class SteppedEngine(Protocol):
     """What is used of a TideEngine, all of it from the one thread that also makes it."""
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None: ...
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, delta_interval_us: int | None = None
+    ) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
@@ -40,8 +43,9 @@ class _Waiter:
     request_id: str
     prompt: Prompt
     params: SamplingParams
+    delta_interval_us: int | None
     loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[RequestOutput]
+    results: asyncio.Queue[RequestOutput | BaseException] = field(default_factory=asyncio.Queue)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +79,7 @@ class AsyncEngine(Generic[Engine]):
         self._waiting: dict[str, _Waiter] = {}
         self._is_closing = False
         self._failure: BaseException | None = None
+        self._step_began: float | None = None
         self._ids = itertools.count()
         self._thread = threading.Thread(target=self._run, name="tide-engine", daemon=True)
         self._thread.start()
@@ -92,6 +97,12 @@ class AsyncEngine(Generic[Engine]):
     def is_dead(self) -> bool:
         return self._failure is not None
 
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the engine has been in its present step, 0 between steps. It tells an engine that hangs."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     async def generate(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> RequestOutput:
         """Wait for one request. Cancelling the task aborts the request.
 
@@ -102,19 +113,50 @@ class AsyncEngine(Generic[Engine]):
             EngineDeadError: the engine failed before, or is closed.
             Exception: whatever the engine's step raised while this request waited.
         """
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(request_id or f"request-{next(self._ids)}", prompt, params, loop, loop.create_future())
+        waiter = self._enter(prompt, params, request_id, None)
+        output = None
+        try:
+            output = await _next_result(waiter)
+            return output
+        finally:
+            self._leave(waiter, output)
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, interval_us: int = 0
+    ) -> AsyncGenerator[RequestOutput]:
+        """One request as deltas, the last of them ``finished``. Closing the generator aborts the request.
+
+        Args:
+            interval_us: least time between two deltas, see ``engine.deltas``.
+
+        Raises: as ``generate``.
+        """
+        waiter = self._enter(prompt, params, request_id, interval_us)
+        output = None
+        try:
+            while output is None or not output.finished:
+                output = await _next_result(waiter)
+                yield output
+        finally:
+            self._leave(waiter, output)
+
+    def _enter(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, interval_us: int | None
+    ) -> _Waiter:
+        name = request_id or f"request-{next(self._ids)}"
+        waiter = _Waiter(name, prompt, params, interval_us, asyncio.get_running_loop())
         with self._changed:
             self._check_alive()
             self._arrived.append(waiter)
             self._changed.notify()
-        try:
-            return await waiter.future
-        except asyncio.CancelledError:
+        return waiter
+
+    def _leave(self, waiter: _Waiter, last: RequestOutput | None) -> None:
+        """Abort what is left of a request."""
+        if last is None or not last.finished:
             with self._changed:
                 self._cancelled.append(waiter.request_id)
                 self._changed.notify()
-            raise
 
     async def run(self, work: Callable[[Engine], Result]) -> Result:
         """What ``work`` returns, or raises: it is called with the engine, in its thread, between two steps.
@@ -156,11 +198,19 @@ class AsyncEngine(Generic[Engine]):
             self._made.set()
         try:
             while self._take_changes():
-                _resolve([(self._waiting.pop(output.request_id, None), output) for output in self._engine.step()])
+                self._step_began = time.monotonic()
+                outputs = self._engine.step()
+                self._step_began = None
+                _resolve([(self._waiter_of(output), output) for output in outputs])
         except Exception as error:  # of any kind: it must reach those who wait, or they wait for ever
             self._fail(error)
         else:
             self._fail(EngineDeadError("the engine is closed"))
+
+    def _waiter_of(self, output: RequestOutput) -> _Waiter | None:
+        if output.finished:
+            return self._waiting.pop(output.request_id, None)
+        return self._waiting.get(output.request_id)
 
     def _take_changes(self) -> bool:
         """Hand arrivals and cancellations to the engine, sleeping until there is work. False when closing."""
@@ -174,7 +224,9 @@ class AsyncEngine(Generic[Engine]):
             calls, self._calls = self._calls, deque()
         for waiter in arrived:
             self._waiting[waiter.request_id] = waiter
-            self._engine.add_request(waiter.request_id, waiter.prompt, waiter.params)
+            self._engine.add_request(
+                waiter.request_id, waiter.prompt, waiter.params, delta_interval_us=waiter.delta_interval_us
+            )
         for request_id in cancelled:
             if self._waiting.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
@@ -188,11 +240,19 @@ class AsyncEngine(Generic[Engine]):
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
+            self._step_began = None
             left: list[_Waiter | _Call] = [*self._waiting.values(), *self._arrived, *self._calls]
             self._waiting.clear()
             self._arrived.clear()
             self._calls.clear()
         _resolve([(waiter, error) for waiter in left])
+
+
+async def _next_result(waiter: _Waiter) -> RequestOutput:
+    result = await waiter.results.get()
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _outcome(work: Callable[[Any], Any], engine: Any) -> Any:
@@ -216,9 +276,11 @@ def _resolve(results: Sequence[tuple[_Waiter | _Call | None, Any]]) -> None:
 
 def _set_results(pairs: list[tuple[_Waiter | _Call, Any]]) -> None:
     for waiter, result in pairs:
-        if waiter.future.done():
+        if isinstance(waiter, _Waiter):
+            waiter.results.put_nowait(result)
+        elif waiter.future.done():
             continue
-        if isinstance(result, BaseException):
+        elif isinstance(result, BaseException):
             waiter.future.set_exception(result)
         else:
             waiter.future.set_result(result)

@@ -47,10 +47,12 @@ class Detokenizer:
 
     Attributes:
         stop_string: the stop string that ended the text, None so far.
+        token_ends: for every token, the length of the text once it was appended; ``text`` may be cut shorter later.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
         self.stop_string: str | None = None
+        self.token_ends: list[int] = []
         self._tokenizer = tokenizer
         self._params = params
         self._token_ids: list[int] = []
@@ -85,6 +87,7 @@ class Detokenizer:
         self._token_ids.append(token_id)
         num_searched = len(self._text)
         self._text += self._new_text(token_id)
+        self.token_ends.append(len(self._text))
         if len(self._token_ids) > self._params.min_tokens:
             self._cut(num_searched)
 
@@ -95,6 +98,8 @@ class Detokenizer:
             return
         num_searched = len(self._text)
         self._text = self._decode(self._token_ids)
+        if self.token_ends:
+            self.token_ends[-1] = len(self._text)
         if len(self._token_ids) > self._params.min_tokens:
             self._cut(num_searched)
 

@@ -18,6 +18,7 @@ from tide_kernels import gpu
 from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
 from tide_ray.engine.committer import Committer
+from tide_ray.engine.deltas import Deltas
 from tide_ray.engine.exit_setup import certificate_of, describe_exits, exit_rules, install_exits, load_routers
 from tide_ray.engine.launch import Launch
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
@@ -105,8 +106,9 @@ class TideEngine:
         )
         self.runs_ahead = runs_ahead(config, self.runner)
         self._in_flight: deque[Launch] = deque()  # queued and not read, oldest first
-        self._encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
+        self.encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
         self._requests: dict[str, Request] = {}
+        self._deltas: dict[str, Deltas] = {}  # of the unfinished requests that are handed out piece by piece
         self._finished: dict[str, RequestOutput] = {}  # not yet returned
         self._claimed: set[str] = set()  # requests of a running generate or stream, which step must not return
         self._numbers = itertools.count()
@@ -193,8 +195,23 @@ class TideEngine:
 
     # ---- the loop ----
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, streaming: bool = False) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        streaming: bool = False,
+        delta_interval_us: int | None = None,
+    ) -> None:
         """Queue a prompt. One that cannot be run is returned by the next ``step`` with ``error`` set.
+
+        Args:
+            request_id: unique among running requests.
+            prompt: see ``tide_ray.types.Prompt``.
+            params: how to sample.
+            streaming: the text so far will be asked for before the end.
+            delta_interval_us: ``step`` returns what is new of it, at most this often; see ``engine.deltas``.
 
         Raises:
             UserError: ``request_id`` is in use.
@@ -204,14 +221,17 @@ class TideEngine:
         text: str | None = prompt if isinstance(prompt, str) else None
         prompt_ids: list[int] = []
         try:
-            text, prompt_ids = self._encoder.encode(prompt)
+            text, prompt_ids = self.encoder.encode(prompt)
             self._check_length(prompt_ids)
+            streaming = streaming or delta_interval_us is not None
             request = self._make_request(request_id, text, prompt_ids, params, streaming)
         except UserError as error:
             self.stats.num_rejected_requests += 1
             self._finished[request_id] = rejected(request_id, text, prompt_ids, str(error))
             return
         self._requests[request_id] = request
+        if delta_interval_us is not None:
+            self._deltas[request_id] = Deltas(request, delta_interval_us)
         for sequence in request.sequences:
             self.scheduler.add(sequence)
 
@@ -219,6 +239,7 @@ class TideEngine:
         """Forget a request and free what it holds; nothing happens when it is unknown."""
         self._claimed.discard(request_id)
         self._finished.pop(request_id, None)
+        self._deltas.pop(request_id, None)
         request = self._requests.pop(request_id, None)
         for sequence in request.sequences if request else ():
             if not sequence.is_finished:
@@ -232,13 +253,19 @@ class TideEngine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run and commit one launch; returns the requests that finished (or were rejected).
 
+        Of requests added with ``delta_interval_us`` it returns what is new instead, ``finished`` with the last of it.
         Where launches are queued ahead, the one before is committed. Requests of a ``generate`` or ``stream`` that
         runs meanwhile advance too, and are left for it.
         """
         self._advance()
-        return [
+        outputs = [
             self._finished.pop(request_id) for request_id in list(self._finished) if request_id not in self._claimed
         ]
+        if self._deltas:
+            time_us = now_us()
+            news = (deltas.take(self.tokenizer, time_us) for deltas in self._deltas.values())
+            outputs += [output for output in news if output is not None]
+        return outputs
 
     def _advance(self) -> None:
         """Queue a step, then take in the one before, or, where steps do not run ahead, the same."""
@@ -262,7 +289,9 @@ class TideEngine:
         for sequence in sequences:
             request = self._requests.get(sequence.request_id)
             if request is not None and request.is_finished:  # several of its sequences may end in one launch
-                self._finished[request.request_id] = to_output(request, self.tokenizer)
+                deltas = self._deltas.pop(request.request_id, None)
+                output = None if deltas is None else deltas.take(self.tokenizer, now_us())
+                self._finished[request.request_id] = output or to_output(request, self.tokenizer)
                 del self._requests[request.request_id]
                 self.stats.num_finished_requests += 1
 
@@ -319,8 +348,8 @@ class TideEngine:
         self, request_id: str, text: str | None, prompt_ids: list[int], params: SamplingParams, streaming: bool
     ) -> Request:
         for token_id in params.stop_token_ids:
-            if not 0 <= token_id < self._encoder.vocab_size:
-                raise UserError(f"stop_token_ids must be from 0 to {self._encoder.vocab_size - 1}, got {token_id}")
+            if not 0 <= token_id < self.encoder.vocab_size:
+                raise UserError(f"stop_token_ids must be from 0 to {self.encoder.vocab_size - 1}, got {token_id}")
         arrival = now_us()
         eos = () if params.ignore_eos else self.model.eos_token_ids
         rules = exit_rules(self.config, self.routers, params)

@@ -140,18 +140,22 @@ def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingPa
         UserError: the request asks for what this engine does not have.
     """
     if routers is None:
-        for name in ("exit_threshold", "exit_min_depth", "exit_policy"):
+        for name in ("exit_threshold", "exit_min_depth", "exit_policy", "max_disagreement"):
             value = getattr(params, name)
             if value is not None and (name, value) != ("exit_policy", "full"):
                 raise UserError(f"{name} needs an engine with exits (a router checkpoint), got {value!r}")
         return NO_EXITS
-    certificate = certificate_of(config, routers)
+    of_engine = certificate_of(config, routers)
+    certificate = of_engine if params.max_disagreement is None else _asked_for(config, routers, params.max_disagreement)
     if certificate is not None:
         certificate.check_request(params)
         if params.exit_policy == "full":
             return ExitRules((NEVER,) * len(routers.boundaries))
         setting = certificate.setting
-        return ExitRules(setting.thresholds, prompt_exits=setting.prefill_threshold is not None)
+        # Where prompt tokens stop is the engine's: under another certificate prompts run every layer, which is taken to
+        # do no harm, like boundaries that are off.
+        shares_prefill = of_engine is not None and of_engine.setting.prefill_threshold == setting.prefill_threshold
+        return ExitRules(setting.thresholds, prompt_exits=shares_prefill and setting.prefill_threshold is not None)
     policy = params.exit_policy or ("router" if config.policy == "auto" else config.policy)
     min_depth = config.exit_min_depth if params.exit_min_depth is None else params.exit_min_depth
     given = config.exit_threshold if params.exit_threshold is None else params.exit_threshold
@@ -166,6 +170,12 @@ def exit_rules(config: EngineConfig, routers: Routers | None, params: SamplingPa
     # The engine's own policy may be full with a prefill share; a request that asks for full means its prompt as well.
     prompt_exits = config.prefill_share is not None and params.exit_policy != "full"
     return ExitRules(tuple(thresholds), "confidence" if policy == "confidence" else "router", prompt_exits)
+
+
+def _asked_for(config: EngineConfig, routers: Routers, max_disagreement: float) -> Certificate:
+    if config.policy not in ("auto", "router", "full"):
+        raise UserError(f"max_disagreement needs an engine of policy 'router', got policy {config.policy!r}")
+    return pick(routers.certificates, max_disagreement, config.certified_loss)
 
 
 def certificate_of(config: EngineConfig, routers: Routers | None) -> Certificate | None:

@@ -119,7 +119,7 @@ def to_output(request: Request, tokenizer: Any, *, finished: bool = True) -> Req
     """The request as users see it, finished or as far as it is."""
     outputs = []
     for sequence in request.sequences:
-        logprobs = None if request.params.logprobs is None else _with_text(sequence.logprobs, tokenizer)
+        logprobs = None if request.params.logprobs is None else with_text(sequence.logprobs, tokenizer)
         outputs.append(
             CompletionOutput(
                 index=sequence.index,
@@ -135,6 +135,11 @@ def to_output(request: Request, tokenizer: Any, *, finished: bool = True) -> Req
                 num_rejected_drafts=sequence.num_rejected_drafts,
             )
         )
+    return request_output(request, outputs, finished=finished)
+
+
+def request_output(request: Request, outputs: list[CompletionOutput], *, finished: bool) -> RequestOutput:
+    """``outputs`` with what is known of the request as a whole."""
     admitted = min((s.admitted_us for s in request.sequences if s.admitted_us), default=request.arrival_us)
     return RequestOutput(
         request_id=request.request_id,
@@ -148,7 +153,8 @@ def to_output(request: Request, tokenizer: Any, *, finished: bool = True) -> Req
     )
 
 
-def _with_text(logprobs: list[dict[int, Logprob]], tokenizer: Any) -> list[dict[int, Logprob]]:
+def with_text(logprobs: list[dict[int, Logprob]], tokenizer: Any) -> list[dict[int, Logprob]]:
+    """The same log probabilities with the text of each token."""
     if tokenizer is None:
         return list(logprobs)
     return [
