@@ -1,0 +1,246 @@
+"""The Ray Serve application: one deployment for each model, and a front that speaks HTTP.
+
+``build_openai_app`` is what ``tide-ray serve``, ``serve run`` and a Serve config file call, as in ``ray.serve.llm``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, cast
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve._private.constants import SERVE_LOGGER_NAME
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from tide_ray.data.metrics import MetricsPublisher
+from tide_ray.data.placement import live_nodes, plan_placement
+from tide_ray.serve.app import Server
+from tide_ray.serve.backend import Delta, Limits, ModelFacts
+from tide_ray.serve.calls import Call
+from tide_ray.serve.config import LLMConfig, LLMServingArgs, ServerConfig
+from tide_ray.serve.errors import ENGINE_DEAD, INTERNAL, UNAVAILABLE, Failure
+from tide_ray.serve.keys import KeyRing, read_keys
+from tide_ray.serve.model_server import ModelServer
+from tide_ray.types import RequestOutput, UserError
+
+logger = logging.getLogger("tide_ray.serve")
+
+FRONT = "TideFront"
+MAX_ONGOING = 8192
+"""Of Serve's own limits, which answer in another shape than OpenAI's: models refuse what is too much well before."""
+TRIES = 3
+ALIVE_SECONDS = 10.0
+
+
+def log_to_serve() -> None:
+    """Write this package's log lines to the files of the Ray Serve replica that this process is."""
+    ours, serves = logging.getLogger("tide_ray"), logging.getLogger(SERVE_LOGGER_NAME)
+    ours.setLevel(logging.INFO)
+    ours.handlers = serves.handlers
+    ours.propagate = False
+
+
+class TideModel:
+    """A replica: one engine. Ray Serve sends it requests only once it has warmed up."""
+
+    def __init__(self, config: LLMConfig, limits: Limits) -> None:
+        log_to_serve()
+        self._server = ModelServer(config, limits)
+        if config.log_engine_metrics:
+            self._metrics = MetricsPublisher(config.model_id)
+            self._metrics.watch(self._server.engine.engine)
+
+    async def facts(self) -> ModelFacts | Failure:
+        return await self._server.facts()
+
+    async def is_alive(self) -> bool:
+        return await self._server.is_alive()
+
+    async def generate(self, call: Call) -> list[RequestOutput] | Failure:
+        return await self._server.generate(call)
+
+    async def stream(self, call: Call) -> AsyncGenerator[list[Delta] | Failure]:
+        async with aclosing(self._server.stream(call)) as items:
+            async for item in items:
+                yield item
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica that raises here."""
+        if not self._server.is_healthy:
+            raise RuntimeError("the engine failed or hangs")
+
+
+class HandleBackend:
+    """A model behind a Ray Serve handle.
+
+    A request whose replica died before it gave anything is sent to another one; generating has no side effects.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def facts(self) -> ModelFacts | Failure:
+        return await self._unary("facts")
+
+    async def is_alive(self) -> bool:
+        try:
+            async with asyncio.timeout(ALIVE_SECONDS):
+                return bool(await self._handle.is_alive.remote())
+        except BackPressureError:
+            return True  # it has too much to do
+        except (RayError, DeploymentUnavailableError, TimeoutError):
+            return False
+
+    async def generate(self, call: Call) -> list[RequestOutput] | Failure:
+        return await self._unary("generate", call)
+
+    async def stream(self, call: Call) -> AsyncGenerator[list[Delta] | Failure]:
+        failure = UNAVAILABLE
+        for attempt in range(TRIES):
+            await asyncio.sleep(attempt)
+            has_started = has_ended = False
+            response = cast(Any, self._handle.options(stream=True)).stream.remote(call)
+            try:
+                async for item in response:
+                    if item == ENGINE_DEAD and not has_started:
+                        raise _EngineDeadError
+                    has_started = True
+                    yield item
+                has_ended = True
+                return
+            except Exception as error:
+                has_ended = True
+                failure = _failure(error)
+                if has_started or not _may_try_again(error):
+                    yield failure
+                    return
+            finally:
+                if not has_ended:
+                    response.cancel()
+        yield failure
+
+    async def _unary(self, method: str, *args: Any) -> Any:
+        failure = UNAVAILABLE
+        for attempt in range(TRIES):
+            await asyncio.sleep(attempt)
+            response = getattr(self._handle, method).remote(*args)
+            try:
+                result = await response
+                if result == ENGINE_DEAD:
+                    raise _EngineDeadError
+                return result
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:
+                failure = _failure(error)
+                if not _may_try_again(error):
+                    return failure
+        return failure
+
+
+class _EngineDeadError(Exception):
+    """A replica answered that its engine is dead; another one may not be."""
+
+
+def _may_try_again(error: Exception) -> bool:
+    return isinstance(error, (RayActorError, DeploymentUnavailableError, _EngineDeadError))
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, _EngineDeadError):
+        return ENGINE_DEAD
+    if isinstance(error, BackPressureError):
+        return Failure(429, "the server has as many requests as it takes", "server_overloaded", retry_after=2)
+    if _may_try_again(error):
+        return UNAVAILABLE
+    logger.error("a replica failed: %s", type(error).__name__)
+    return INTERNAL
+
+
+class TideFront:
+    """The replica that speaks HTTP. ``drain`` makes it refuse what is new."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], config: ServerConfig) -> None:
+        log_to_serve()
+        backends = {name: HandleBackend(handle) for name, handle in handles.items()}
+        self._server = Server(backends, config, KeyRing(config.api_keys))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._server.app
+
+    async def drain(self) -> int:
+        """Refuse new requests with 503 from now on. Returns how many are still being answered."""
+        self._server.app.is_draining = True
+        return self._server.app.num_in_flight
+
+
+def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> serve.Application:
+    """The application for ``serve.run``, or for ``import_path: tide_ray.serve:build_openai_app`` in a config file.
+
+    Args:
+        args: ``llm_configs`` and, if one likes, ``ingress_cls_config`` (fields of ServerConfig) and
+            ``ingress_deployment_config`` (options of the front's deployment).
+
+    Raises:
+        UserError: a value that cannot be used, or no API key where one is required.
+    """
+    args = args if isinstance(args, LLMServingArgs) else LLMServingArgs.build(args)
+    front = args.ingress_cls_config
+    keys = read_keys(front.api_keys, front.api_keys_file)
+    if front.require_api_key and not len(keys):
+        raise UserError("api_keys: a key is required (tide-ray api-key makes one), or require_api_key: false")
+    # Replicas get the hashes: they may run where neither the file nor the environment is.
+    front = front.model_copy(update={"api_keys": keys.entries, "api_keys_file": None})
+    limits = Limits(front.max_prompt_tokens, front.max_completion_tokens)
+    num_replicas = sum(_num_replicas(config) for config in args.llm_configs)
+    handles = {config.model_id: _model_application(config, limits, num_replicas) for config in args.llm_configs}
+    options = {
+        "name": FRONT,
+        "max_ongoing_requests": MAX_ONGOING,
+        "graceful_shutdown_timeout_s": 60.0,
+        "ray_actor_options": {"num_cpus": 0},
+        **args.ingress_deployment_config,
+    }
+    return serve.deployment(**options)(serve.ingress()(TideFront)).bind(handles, front)
+
+
+def _num_replicas(config: LLMConfig) -> int:
+    scaling = config.deployment_config.get("autoscaling_config") or {}
+    count = config.deployment_config.get("num_replicas") or scaling.get("min_replicas", 1)
+    return max(1, count) if isinstance(count, int) else 1
+
+
+def _model_application(config: LLMConfig, limits: Limits, num_replicas: int) -> serve.Application:
+    """Args: num_replicas: of all models together, to share a node's cores and memory among."""
+    engine = config.engine_config
+    given = dict(config.deployment_config)
+    actor = dict(given.pop("ray_actor_options", {}))
+    # What is asked for may be on nodes that an autoscaler has still to bring; what is not is planned on those there.
+    if not {"num_cpus", "num_gpus"} & set(actor) and ray.is_initialized():
+        placement = plan_placement(live_nodes(ray.nodes()), num_actors=num_replicas, device=engine.device)
+        actor |= {"num_gpus": placement.num_gpus, "num_cpus": placement.num_cpus}
+        # Ray would give an engine as many threads as CPUs were set aside for it, which on a GPU's node are none.
+        shared: dict[str, Any] = {"num_threads": engine.num_threads or placement.num_threads}
+        if not placement.num_gpus:
+            shared["kv_memory_fraction"] = engine.kv_memory_fraction / placement.actors_per_node
+        config = config.model_copy(update={"engine_kwargs": {**config.engine_kwargs, **shared}})
+    if config.accelerator_type is not None:
+        actor["accelerator_type"] = config.accelerator_type
+    if config.runtime_env is not None:
+        actor["runtime_env"] = config.runtime_env
+    options = {
+        "name": f"{TideModel.__name__}:{config.model_id.replace('/', '--')}",
+        "max_ongoing_requests": MAX_ONGOING,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 30.0,
+        "graceful_shutdown_timeout_s": 60.0,
+        **given,
+    }
+    return serve.deployment(ray_actor_options=actor, **options)(TideModel).bind(config, limits)
