@@ -259,3 +259,36 @@ def print_kernel_resources_report(facts: dict[str, Any]) -> None:
         f"float64 instructions: {facts['float64_instructions']}; kernels that spill: {len(facts['spilling'])}; "
         f"most registers: {facts['most_registers']}"
     )
+
+
+def print_serving_report(facts: dict[str, Any]) -> None:
+    """Print what clients saw, and the server's rate beside the bare engine's."""
+    console = _headed(facts, f"{facts['concurrency']} streams of {facts['max_tokens']} tokens")
+    table = Table(title="seen by clients, milliseconds", title_justify="left")
+    for name in (
+        "load",
+        "seconds",
+        "answers",
+        "failed",
+        "refused",
+        "tokens/s",
+        "first token p50, p95",
+        "token p50, p95",
+    ):
+        table.add_column(name, justify="left" if name == "load" else "right")
+    for name, key in (("steady", "steady"), ("overload", "overload"), ("after it", "after_overload")):
+        if (run := facts[key]) is not None:
+            times = [
+                "-" if run[part] is None else f"{run[part]['p50']:,.0f}, {run[part]['p95']:,.0f}"
+                for part in ("first_token_ms", "token_ms")
+            ]
+            counts = [f"{run[part]:,}" for part in ("answers", "failures", "refused")]
+            table.add_row(name, f"{run['seconds']:.0f}", *counts, f"{run['tokens_per_second']:,.0f}", *times)
+    console.print(table)
+    memory = facts["megabytes"]
+    print(f"memory {memory['first_third']:,.0f} MB in the first third, {memory['last_third']:,.0f} MB in the last")
+    if facts["share_of_bare"] is not None:
+        bare, served = (
+            ", ".join(f"{rate:,.0f}" for rate in facts[f"{who}_tokens_per_second"]) for who in ("bare", "served")
+        )
+        print(f"in turn: bare engine {bare} tokens/s, served {served}: {facts['share_of_bare']:.1%}")

@@ -2,11 +2,11 @@
 
 ``python jobs/benchmark.py throughput`` compares the engine at full depth with HuggingFace ``generate`` in static
 batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``peers``
-compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures forced
-exits, ``exits`` the speed of a router checkpoint, ``verified`` that of its drafts, ``quality`` what its exits cost in
-agreement, ``prefix`` what prompts that begin alike save; ``kernels`` measures the GPU kernels, and ``kernel-resources``
-compiles them for every architecture without a GPU. Prefix caching is off but in ``prefix``: rounds repeat their
-prompts, and all compute them.
+compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures
+forced exits, ``exits`` the speed of a router checkpoint, ``verified`` that of its drafts, ``quality`` what its exits
+cost in agreement, ``prefix`` what prompts that begin alike save, ``serving`` the server under load; ``kernels``
+measures the GPU kernels, and ``kernel-resources`` compiles them for every architecture without a GPU. Prefix caching
+is off but in ``prefix`` and ``serving``: rounds repeat their prompts, and all compute them.
 """
 
 from __future__ import annotations
@@ -347,6 +347,51 @@ def prefix(
             limit=parse_positive("limit", limit),
         )
     finish("prefix", machine, measured, print_prefix_report, output)
+
+
+@app.command()
+def serving(
+    prompts: Prompts = None,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 128,
+    concurrency: Annotated[int, typer.Option(help="streams at a time")] = 64,
+    seconds: Annotated[int, typer.Option(help="how long they are kept up")] = 120,
+    rounds: Rounds = 3,
+    overload: Annotated[int, typer.Option(help="times as many streams come afterwards; 0: none", min=0)] = 10,
+    overload_seconds: Annotated[int, typer.Option(help="how long those come")] = 20,
+    max_num_seqs: Annotated[int, typer.Option(help="resident sequences")] = 64,
+    num_threads: NumThreads = None,
+    exits: Annotated[str | None, typer.Option(help="folder of a router checkpoint")] = None,
+    output: Output = None,
+) -> None:
+    """The server under load from Locust, beside the bare engine with as many prompts at a time."""
+    with user_errors():
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_serving_report
+        from bench_serving import run_serving
+
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_serving(
+            workload_from(
+                prompts,
+                None,
+                0,
+                limit=None,
+                model=model,
+                dtype=dtype,
+                max_tokens=parse_positive("max_tokens", max_tokens),
+            ),
+            concurrency=parse_positive("concurrency", concurrency),
+            seconds=parse_positive("seconds", seconds),
+            rounds=rounds,
+            overload=overload,
+            overload_seconds=parse_positive("overload_seconds", overload_seconds),
+            num_threads=machine["num_threads"],
+            max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
+            exits=exits,
+        )
+    finish("serving", machine, measured, print_serving_report, output)
 
 
 @app.command()
