@@ -124,6 +124,7 @@ def generate(
     num_actors: Annotated[int | None, _flag("num_actors")] = None,
     num_gpus_per_actor: Annotated[float | None, _flag("num_gpus_per_actor")] = None,
     num_cpus_per_actor: Annotated[float | None, _flag("num_cpus_per_actor")] = None,
+    wait_for_nodes: Annotated[float | None, _flag("wait_for_nodes")] = None,
     batch_size: Annotated[int | None, _flag("batch_size")] = None,
     address: Annotated[str | None, _flag("address")] = None,
     rejected_rows_ok: Annotated[bool | None, _flag("rejected_rows_ok")] = None,

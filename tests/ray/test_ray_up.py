@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +15,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ray_start import check_ray_start
+from ray_start import RayNodes, check_ray_start, free_port
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cluster").glob("ray-up-*.yaml"))
@@ -87,69 +79,26 @@ def test_workers_of_clouds_have_gpus_and_go_when_idle(file: Path) -> None:
     assert "PROJECT" in str(config) or "FILE_SYSTEM" in str(config), "what a user must fill in is plain to see"
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Nodes:
-    """Ray nodes started by the commands of a cluster file, in a session folder and with ports of their own."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.folder = tempfile.mkdtemp(prefix="tide", dir="/tmp")  # sockets lie in it, their paths must be short
-        self.config, self.port = config, free_port()
-        token = Path(self.folder) / "auth_token"
-        token.write_text("a" * 64)
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
-        } | {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }  # fmt: skip
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, which: str, *more: str) -> None:
-        """Run the file's own command line, but for ports that other tests may hold, and in the foreground."""
-        (command,) = ray_starts(self.config, which)
-        command = re.sub(r"--port=\d+", f"--port={self.port}", command)
-        command = re.sub(r"--metrics-export-port=\d+", f"--metrics-export-port={free_port()}", command)
-        command = re.sub(r" --autoscaling-config=\S+", "", command)  # it would ssh to the addresses of the example
-        command = command.replace("$RAY_HEAD_IP:6379", f"127.0.0.1:{self.port}")
-        arguments = [*command.split(), "--block", "--num-cpus=1", "--object-store-memory=100000000", *more]
-        log = open(Path(self.folder) / f"{which}.log", "wb")  # noqa: SIM115
-        self.processes.append(subprocess.Popen(arguments, env=self.environment, stdout=log, stderr=subprocess.STDOUT))
-
-    def run(self, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            env={**self.environment, **environment},
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes:
-            try:
-                process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    made = Nodes(config_of(ROOT / "cluster" / "ray-up-local.yaml"))
+def nodes(tmp_path: Path) -> Iterator[RayNodes]:
+    token = tmp_path / "auth_token"
+    token.write_text("a" * 64)
+    made = RayNodes(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
     yield made
     made.close()
 
 
+def on_this_machine(command: str, port: int) -> str:
+    """A file's command, but for ports that others may hold."""
+    command = re.sub(r"--port=\d+", f"--port={port}", command)
+    command = re.sub(r"--metrics-export-port=\d+", f"--metrics-export-port={free_port()}", command)
+    command = re.sub(r" --autoscaling-config=\S+", "", command)  # it would ssh to the addresses of the example
+    return command.replace("$RAY_HEAD_IP:6379", f"127.0.0.1:{port}") + " --num-cpus=1"
+
+
 COUNT_NODES = """
 import ray, sys, time
-ray.init(address=sys.argv[1] if len(sys.argv) > 1 else "ADDRESS", log_to_driver=False, logging_level="ERROR")
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 deadline = time.time() + 60
 while sum(node["Alive"] for node in ray.nodes()) < 2 and time.time() < deadline:
     time.sleep(0.5)
@@ -158,23 +107,16 @@ print("nodes", sum(node["Alive"] for node in ray.nodes()), "answer", ray.get(ray
 
 
 @pytest.mark.slow
-def test_the_commands_make_a_cluster_that_only_the_token_opens(nodes: Nodes) -> None:
+def test_the_commands_make_a_cluster_that_only_the_token_opens(nodes: RayNodes, tmp_path: Path) -> None:
     """The head and a worker by the file's own commands, on one machine; a driver with the token and one without."""
-    nodes.start("head_start_ray_commands", f"--temp-dir={nodes.folder}/ray", f"--dashboard-port={free_port()}")
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", nodes.port), timeout=1).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline, (Path(nodes.folder) / "head_start_ray_commands.log").read_text()
-            time.sleep(0.5)
-    nodes.start("worker_start_ray_commands")
-    code = COUNT_NODES.replace("ADDRESS", f"127.0.0.1:{nodes.port}")
-    done = nodes.run(code)
+    config = config_of(ROOT / "cluster" / "ray-up-local.yaml")
+    for which in STARTS:
+        (command,) = ray_starts(config, which)
+        nodes.start(on_this_machine(command, nodes.port))
+    done = nodes.run(["-c", COUNT_NODES, nodes.address])
     assert "nodes 2 answer 42" in done.stdout, done.stderr[-3000:]
-    wrong = Path(nodes.folder) / "wrong"
+    wrong = tmp_path / "wrong"
     wrong.write_text("b" * 64)
-    refused = nodes.run(code, RAY_AUTH_TOKEN_PATH=str(wrong))
+    refused = nodes.run(["-c", COUNT_NODES, nodes.address], RAY_AUTH_TOKEN_PATH=str(wrong))
     assert refused.returncode != 0
     assert "answer" not in refused.stdout

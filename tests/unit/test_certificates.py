@@ -117,6 +117,17 @@ def test_a_request_that_it_would_not_hold_for_is_rejected(
     assert message in TideEngine(model, config).generate([[5, 6, 7]], given)[0].error
 
 
+def test_a_certified_engine_warms_up_too(model: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up ignores EOS, which no certificate holds for: it was rejected, and the first request was slow."""
+    add_certificates(checkpoint, [make_certificate(checkpoint)], {})
+    engine = TideEngine(model, EngineConfig(exits=str(checkpoint), max_disagreement=0.02, max_model_len=64))
+    counted: list[int] = []
+    reset = engine.stats.reset
+    monkeypatch.setattr(type(engine.stats), "reset", lambda stats: (counted.append(stats.num_steps), reset()))
+    engine.warm_up()
+    assert counted == [2]
+
+
 def test_a_request_may_still_ask_for_full_depth(checkpoint: Path) -> None:
     add_certificates(checkpoint, [make_certificate(checkpoint, prefill_threshold=0.5)], {})
     config = EngineConfig(exits=str(checkpoint), max_disagreement=0.02)

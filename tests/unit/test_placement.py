@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tide_ray.data.placement import Placement, plan_placement
+from tide_ray.data import placement
+from tide_ray.data.placement import Placement, plan_placement, wait_for_placement
 from tide_ray.types import UserError
 
 LAPTOP = [{"CPU": 8.0}]
@@ -63,3 +64,28 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     with pytest.raises(UserError) as error:
         plan(nodes, num_actors, **given)
     assert str(error.value) == message
+
+
+def test_a_cluster_that_grows_is_waited_for_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ASK_SECONDS", 0.0)
+    nodes, asked = [{"CPU": 4.0}], []
+
+    def grow(bundles: Any) -> None:
+        asked.append(list(bundles))
+        nodes.extend(GPU_NODE if bundles else [])
+
+    made = wait_for_placement(lambda: plan(nodes, 2, num_gpus=1), grow, [{"GPU": 1.0}] * 2, 60)
+    assert made == Placement(1, 0, 2, 2)
+    assert asked == [[{"GPU": 1.0}] * 2, []], "and let go of again"
+
+
+def test_a_cluster_that_does_not_grow_is_refused_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ASK_SECONDS", 0.0)
+    asked: list[Any] = []
+    with pytest.raises(UserError, match="asked for 2 x 1 GPUs, the cluster has 0"):
+        wait_for_placement(lambda: plan(LAPTOP, 2, num_gpus=1), asked.append, [{"GPU": 1.0}] * 2, 0.05)
+    assert asked[-1] == []
+
+
+def test_a_cluster_with_room_is_not_asked() -> None:
+    assert wait_for_placement(lambda: plan(LAPTOP), pytest.fail, [{"CPU": 1.0}], 60) == plan(LAPTOP)

@@ -214,6 +214,7 @@ class _Generation:
                 should_continue_on_error=True,
                 num_gpus_per_actor=config.num_gpus_per_actor,
                 num_cpus_per_actor=config.num_cpus_per_actor,
+                wait_for_nodes_s=config.wait_for_nodes,
             ),
             options=GeneratorOptions(
                 wraps_strings=not config.raw,

@@ -109,6 +109,9 @@ class GenerateJobConfig(BaseModel):
     num_actors: int = Field(default=1, ge=1, description="engines, one Ray actor each")
     num_gpus_per_actor: float | None = Field(default=None, ge=0, description="GPUs per actor")
     num_cpus_per_actor: float | None = Field(default=None, ge=0, description="CPUs that Ray sets aside per actor")
+    wait_for_nodes: float = Field(
+        default=0.0, ge=0, description="seconds for an autoscaler to make room for the actors"
+    )
     batch_size: int = Field(default=32, ge=1, description="rows per Ray Data batch and block")
     address: str | None = Field(default=None, description="Ray cluster address")
     rejected_rows_ok: bool = Field(default=False, description="exit code 0, not 3, where rows were rejected")

@@ -6,11 +6,14 @@ writes beside them; both are settled here before anything starts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tide_ray.types import UserError
+
+ASK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,39 @@ def plan_placement(
     per_node = _actors_per_node(nodes, num_gpus, num_cpus, num_actors)
     cores = min((int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1), default=1)
     return Placement(num_gpus, num_cpus, max(1, cores // per_node), per_node)
+
+
+def wait_for_placement(
+    plan: Callable[[], Placement],
+    ask_for: Callable[[Sequence[Mapping[str, float]]], None],
+    bundles: Sequence[Mapping[str, float]],
+    seconds: float,
+) -> Placement:
+    """What ``plan`` returns once the cluster has grown enough; refused as it refuses it after so many seconds.
+
+    Args:
+        ask_for: has the autoscaler make room for bundles of resources, and goes on asking until it is called again.
+        bundles: one for each actor.
+
+    Raises:
+        UserError: as ``plan`` raised it last.
+    """
+    deadline = time.monotonic() + seconds
+    has_asked = False
+    try:
+        while True:
+            try:
+                return plan()
+            except UserError:
+                if time.monotonic() >= deadline:
+                    raise
+            if not has_asked:
+                ask_for(bundles)
+                has_asked = True
+            time.sleep(ASK_SECONDS)
+    finally:
+        if has_asked:
+            ask_for([])  # or the nodes would be kept when the job is over
 
 
 def gpus_for(device: str, total_gpus: float) -> float:

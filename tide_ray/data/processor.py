@@ -7,7 +7,7 @@ columns of ``actor.RESULT_SCHEMA`` beside their own. Strings are used as they ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from tide_ray.config import EngineConfig
 from tide_ray.data.actor import Generator, GeneratorOptions
-from tide_ray.data.placement import Placement, live_nodes, plan_placement
+from tide_ray.data.placement import Placement, live_nodes, plan_placement, wait_for_placement
 from tide_ray.types import UserError
 
 RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
@@ -48,6 +48,7 @@ class TideProcessorConfig(BaseModel):
     num_gpus_per_actor: float | None = Field(default=None, ge=0, description="None: 1 if the cluster has GPUs to use")
     num_cpus_per_actor: float | None = Field(default=None, ge=0, description="None: leaves CPUs to reads and writes")
     apply_chat_template: bool = Field(default=True, description="use the messages column, through the model's template")
+    wait_for_nodes_s: float = Field(default=0.0, ge=0, description="time for an autoscaler to make room for the actors")
 
     @field_validator("engine_kwargs")
     @classmethod
@@ -151,13 +152,28 @@ class Processor:
     def _placement(self, engine: EngineConfig) -> Placement:
         if not ray.is_initialized():
             ray.init()
-        return plan_placement(
-            live_nodes(ray.nodes()),
-            num_actors=self.config.num_actors,
-            device=engine.device,
-            num_gpus=self.config.num_gpus_per_actor,
-            num_cpus=self.config.num_cpus_per_actor,
-        )
+        config = self.config
+
+        def plan() -> Placement:
+            return plan_placement(
+                live_nodes(ray.nodes()),
+                num_actors=config.num_actors,
+                device=engine.device,
+                num_gpus=config.num_gpus_per_actor,
+                num_cpus=config.num_cpus_per_actor,
+            )
+
+        if not config.wait_for_nodes_s:
+            return plan()
+        amounts = {"GPU": config.num_gpus_per_actor, "CPU": config.num_cpus_per_actor}
+        each = {name: amount for name, amount in amounts.items() if amount} or {"CPU": 1.0}
+        return wait_for_placement(plan, _ask_autoscaler, [each] * config.num_actors, config.wait_for_nodes_s)
+
+
+def _ask_autoscaler(bundles: Sequence[Mapping[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def build_processor(
