@@ -6,23 +6,19 @@ torch and ray are imported only when a job runs, so that help is instant.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
 from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig, EvaluationConfig
 from tide_ray.calibrate.sweep_config import Resources, SweepConfig, is_sweep
+from tide_ray.cli_errors import EXIT_USAGE, errors_as_exit_codes, fail
+from tide_ray.cli_jobs import app as jobs_app
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
 from tide_ray.serve.settings import ServeSettings
 from tide_ray.types import UserError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="tide-ray",
@@ -32,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(jobs_app)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -80,6 +77,11 @@ def generate(
     limit: Annotated[int | None, _flag("limit")] = None,
     keep_columns: Annotated[str | None, _flag("keep_columns", _COMMAS)] = None,
     gate_scores: Annotated[bool | None, _flag("gate_scores")] = None,
+    dry_run: Annotated[bool | None, _flag("dry_run")] = None,
+    hourly_cost: Annotated[float | None, _flag("hourly_cost")] = None,
+    max_errors: Annotated[str | None, _flag("max_errors")] = None,
+    retry_errors: Annotated[bool | None, _flag("retry_errors")] = None,
+    force_new_run: Annotated[bool | None, _flag("force_new_run")] = None,
     rows_per_part: Annotated[int | None, _flag("rows_per_part")] = None,
     max_tokens: Annotated[int | None, _flag("max_tokens")] = None,
     temperature: Annotated[float | None, _flag("temperature")] = None,
@@ -126,6 +128,8 @@ def generate(
     num_cpus_per_actor: Annotated[float | None, _flag("num_cpus_per_actor")] = None,
     wait_for_nodes: Annotated[float | None, _flag("wait_for_nodes")] = None,
     batch_size: Annotated[int | None, _flag("batch_size")] = None,
+    drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
+    step_timeout: Annotated[float | None, _flag("step_timeout")] = None,
     address: Annotated[str | None, _flag("address")] = None,
     rejected_rows_ok: Annotated[bool | None, _flag("rejected_rows_ok")] = None,
     verbose: Annotated[bool | None, _flag("verbose")] = None,
@@ -134,10 +138,10 @@ def generate(
     """Generate for every prompt and write Parquet. Without flags: the demo model on bundled prompts.
 
     Interrupted jobs go on where they stopped when the same command runs again. Exit codes: 0 all rows, 2 usage,
-    3 finished with rejected rows (see errors/ in the output folder), 1 failed.
+    3 finished with rejected rows (see errors/ in the output folder), 1 failed, 143 stopped by SIGTERM.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         raise typer.Exit(_run(given))
 
 
@@ -147,17 +151,15 @@ def _run(given: dict[str, Any]) -> int:
         given["prompts"] = [*given.get("prompts", []), *given.pop("more_prompts", [])]
     if "keep_columns" in given and given["keep_columns"] != "all":
         given["keep_columns"] = _split(given["keep_columns"])
+    if "max_errors" in given:
+        given["max_errors"] = _number_or_share("max_errors", given["max_errors"])
     if "skip_layers" in given:
         given["skip_layers"] = [_number("skip_layers", text) for text in _split(given["skip_layers"])]
     settings = GenerateJobConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
 
     from tide_ray.data.job import run_generate
-    from tide_ray.data.job_folder import JobError
 
-    try:
-        return run_generate(settings)
-    except JobError as error:
-        _fail(error, EXIT_FAILED)
+    return run_generate(settings)
 
 
 def _calibration_flag(field: str, hint: str = "") -> Any:
@@ -205,7 +207,7 @@ def calibrate(
     goes on where it stopped when the same command runs again. Its exit codes: 0 all models, 1 some failed, 2 usage.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         path = given.pop("config", None)
         if "boundaries" in given:
             given["boundaries"] = [_number("boundaries", text) for text in _split(given["boundaries"])]
@@ -261,7 +263,7 @@ def certify(
 ) -> None:
     """Certify a checkpoint's exits on prompts it has not seen, for ``generate --exits ROUTERS --max-disagreement``."""
     given = {name: value for name, value in locals().items() if value is not None}
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         path = given.pop("config", None)
         if "epsilons" in given:
             given["epsilons"] = [_share("epsilons", text) for text in _split(given["epsilons"])]
@@ -304,7 +306,7 @@ def evaluate(
 ) -> None:
     """Compare a checkpoint's certified settings with full depth on prompts that it has not seen."""
     given = {name: value for name, value in locals().items() if value is not None}
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         path = given.pop("config", None)
         for name in ("max_disagreements", "exit_errors"):
             if name in given:
@@ -361,7 +363,7 @@ def serve(
     TIDE_RAY_API_KEYS may hold API keys, TIDE_RAY_SSL_KEYFILE_PASSWORD the password of the TLS key.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         path = given.pop("config", None)
         if "model" in given or "more_models" in given:
             given["model"] = [*given.get("model", []), *given.pop("more_models", [])]
@@ -409,15 +411,11 @@ def batch(
     given = {name: value for name, value in locals().items() if value is not None}
     for name in ("source", "target", "errors", "model_id", "config"):
         given.pop(name, None)
-    with _errors_as_exit_codes():
-        from tide_ray.data.job_folder import JobError
+    with errors_as_exit_codes():
         from tide_ray.serve.batch import BatchPaths, run_batch
 
         values = {**(read_yaml_mapping(config) if config else {}), **given}
-        try:
-            raise typer.Exit(run_batch(BatchPaths.of(source, target, errors), values, model_id))
-        except JobError as error:
-            _fail(error, EXIT_FAILED)
+        raise typer.Exit(run_batch(BatchPaths.of(source, target, errors), values, model_id))
 
 
 @app.command("api-key")
@@ -428,7 +426,7 @@ def api_key(
     """Make an API key: prints it once; what is kept is its hash, as NAME:sha256:HEX."""
     from tide_ray.serve.keys import append_to_file, new_key, stored
 
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         key = new_key()
         entry = stored(name, key)
         if file is None:
@@ -465,7 +463,7 @@ def import_tide(
         routers.save(settings.output)
         typer.echo(f"boundaries {', '.join(map(str, routers.depths))} written to {settings.output}")
     except UserError as error:
-        _fail(error, EXIT_USAGE)
+        fail(error, EXIT_USAGE)
 
 
 @app.command()
@@ -475,17 +473,6 @@ def doctor() -> None:
 
     for name, finding in report():
         typer.echo(f"{name:<12} {finding}")
-
-
-@contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    """A line on stderr and an exit code for what a user got wrong, and for Ctrl-C."""
-    try:
-        yield
-    except UserError as error:
-        _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _split(text: str) -> list[str]:
@@ -505,16 +492,19 @@ def _label(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def _number_or_share(name: str, text: str) -> int | float:
+    """A whole number, or a share as a fraction or in percent."""
+    try:
+        return int(text) if text.strip().isdigit() else _share(name, text.rstrip("%")) / (100 if "%" in text else 1)
+    except UserError:
+        raise UserError(f"{name} must be a number of rows or a share like 0.05 or 5%, got {text!r}") from None
+
+
 def _share(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise UserError(f"{name} must be numbers separated by commas, got {text!r}") from None
-
-
-def _fail(error: object, code: int) -> NoReturn:
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(code)
 
 
 def main() -> None:

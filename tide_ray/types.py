@@ -23,6 +23,10 @@ class UserError(ValueError):
     """Bad input from the user. The message is one line that names the field and the value; the CLI exits with 2."""
 
 
+class JobError(RuntimeError):
+    """The job failed for a reason that is not the user's; the message is one line, the CLI exits with 1."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop, with vLLM's names, meanings and defaults.

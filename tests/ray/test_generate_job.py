@@ -87,7 +87,7 @@ def test_rejected_rows_go_to_errors_and_their_neighbours_are_answered(job: Any) 
     assert code == 3
     assert "errors" in printed
     assert len(job.rows("data")) == 6
-    errors = {row["prompt"]: row for row in job.rows("errors")}
+    errors = {row["input"]: row for row in job.rows("errors")}
     assert "prompt must have at most 127 tokens" in errors["too long " * 40]["error"]
     assert errors["too long " * 40]["stage"] == "generate"
     assert errors["bad"]["error"] == "temperature must be a number, got 'hot'"
@@ -104,7 +104,7 @@ def test_rejected_rows_go_to_errors_and_their_neighbours_are_answered(job: Any) 
     query = f"select sum(len(exit_layers)), any_value(typeof(exit_layers)) from '{job.out}/data/*.parquet'"
     assert duckdb.sql(query).fetchall() == [(3 + 4 + 6 + 7 + 3 + 4, "SMALLINT[]")]
     assert {path.name for path in job.out.iterdir()} == {
-        "_SUCCESS", "_input", "_job.json", "_lock.guard", "data", "errors", "run.json",
+        "_SUCCESS", "_input", "_job.json", "_lock.guard", "_manifest.json", "data", "errors", "run.json",
     }  # fmt: skip
 
     code, printed = job.run(batch_size=8, keep_columns=["label"])

@@ -87,7 +87,7 @@ class Holder:
         return sum(sum(row["num_generated_tokens"] for row in table.to_pylist()) for table in tables)
 
     def facts(self) -> dict[str, Any]:
-        engine = self.generator._engine
+        engine = self.generator.engine
         stats = engine.stats
         return {"steps": stats.num_steps, "layers": engine.num_layers, "prompt": stats.num_prompt_tokens}
 

@@ -10,8 +10,8 @@ import ray
 
 from tide_ray import TideProcessorConfig, build_processor
 from tide_ray.config import EngineConfig
-from tide_ray.data.actor import RESULT_SCHEMA
 from tide_ray.data.processor import concurrent_batches
+from tide_ray.data.result_rows import RESULT_SCHEMA
 from tide_ray.data.schema import ERROR_COLUMN
 from tide_ray.engine.engine import TideEngine
 from tide_ray.types import SamplingParams

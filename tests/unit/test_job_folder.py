@@ -1,53 +1,22 @@
-"""The output folder: who owns it, what it is bound to, what is committed, when it is finished."""
+"""The output folder: what it is bound to, what is committed, what is done again, when it is finished."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tide_ray.data.job_config import GenerateJobConfig
-from tide_ray.data.job_folder import JobError, JobFolder
-from tide_ray.data.lock import LOCK_FILE, locked
-from tide_ray.data.parts import write_part
-from tide_ray.data.run_facts import job_fields
-from tide_ray.data.schema import OUTPUT_SCHEMA
-from tide_ray.data.snapshot import Snapshot, read_rows, write_snapshot
-from tide_ray.types import UserError
+from job_helpers import all_ids, result_rows, start, write_prompts
+from tide_ray.data.parts import make_error_table, write_part
+from tide_ray.types import JobError, UserError
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(5)) + "not json\n")
-    return path
-
-
-def start(output: Path, prompts: Path, **settings: Any) -> tuple[JobFolder, Snapshot]:
-    """What every attempt does before it generates."""
-    config = GenerateJobConfig.build({"prompts": [str(prompts)], "output": str(output), **settings})
-    folder = JobFolder(output)
-    folder.create()
-    folder.begin()
-    snapshot = write_snapshot(config, folder.new_input_folder)
-    folder.adopt(job_fields(config, "model-digest", snapshot))
-    return folder, snapshot
-
-
-def result_rows(ids: list[str]) -> pa.Table:
-    filled: dict[str, Any] = {"exit_layers": [3, 1], "num_generated_tokens": 2, "mean_exit_layer": 2.0}
-    return pa.Table.from_pylist([{"row_id": row_id, **filled} for row_id in ids], schema=OUTPUT_SCHEMA)
-
-
-def all_ids(folder: JobFolder) -> list[str]:
-    return [row_id for table in read_rows(folder.input_folder) for row_id in table["row_id"].to_pylist()]
+    return write_prompts(tmp_path / "prompts.jsonl")
 
 
 def test_a_second_attempt_has_only_the_uncommitted_rows_to_do(tmp_path: Path, prompts: Path) -> None:
@@ -143,42 +112,28 @@ def test_a_damaged_part_is_named(tmp_path: Path, prompts: Path) -> None:
         folder.committed()
 
 
-def test_a_live_owner_keeps_others_out(tmp_path: Path) -> None:
-    script = (
-        "import sys, pathlib; from tide_ray.data.lock import locked\n"
-        "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert owner.stdin is not None
-    assert owner.stdout is not None
-    try:
-        assert owner.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match=f"is owned by process {owner.pid} on this host"), locked(tmp_path):
-            pass
-        owner.kill()
-        owner.wait()
-        assert (tmp_path / LOCK_FILE).exists()
-        with locked(tmp_path):
-            assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
-        assert not (tmp_path / LOCK_FILE).exists()
-    finally:
-        owner.kill()
-        owner.communicate()
+def test_rejected_rows_can_be_done_again_and_count_their_attempts(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    folder, snapshot = start(tmp_path / "out", prompts)
+    ids = all_ids(folder)
+    folder.write_bad_rows(folder.committed(), {})
+    write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:4])], {})
+    rejected = make_error_table(*(pa.chunked_array([[text]]) for text in (ids[4], "no memory", "4")))
+    write_part(folder.scratch, folder.path / "errors" / "part-x.parquet", [rejected], {})
+    folder.finish({}, folder.check_complete(snapshot))
+    folder.clear_uncommitted()
 
-
-def test_a_lock_of_another_host_stands(tmp_path: Path) -> None:
-    lock = {"pid": 1, "host": "elsewhere", "started": "1", "time": "noon"}
-    (tmp_path / LOCK_FILE).write_text(json.dumps(lock))
-    with pytest.raises(UserError, match=r"owned by process 1 on host 'elsewhere' since noon; remove"), locked(tmp_path):
-        pass
-
-
-def test_a_process_id_in_use_again_is_not_the_owner(tmp_path: Path) -> None:
-    """A container restarts with the host name and process ids of the one that died; its lock must not stand."""
-    with locked(tmp_path):
-        mine = json.loads((tmp_path / LOCK_FILE).read_text())
-    (tmp_path / LOCK_FILE).write_text(json.dumps({**mine, "started": "1"}))
-    with locked(tmp_path):
-        pass
+    for past in (1, 2):
+        again, _ = start(tmp_path / "out", prompts)
+        assert again.take_back_errors() == 2
+        assert again.finished() is None
+        committed = again.committed()
+        again.write_bad_rows(committed, {})
+        assert committed.errors == {ids[5]}, "a line that is no JSON stays one"
+        todo, num_left = again.write_todo(committed)
+        assert num_left == 1
+        assert pq.read_table(todo).select(["row_id", "attempts"]).to_pylist() == [{"row_id": ids[4], "attempts": past}]
+        rejected = rejected.set_column(3, "attempts", pa.array([past + 1], pa.int32()))
+        write_part(again.scratch, again.path / "errors" / "part-x.parquet", [rejected], {})
+        again.clear_uncommitted()
+    assert start(tmp_path / "out", prompts)[0].committed().num_rows == 6

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.reports import Reporter, Reports
 from tide_ray.data.run_facts import prefix_hit_rate
 
@@ -22,8 +23,8 @@ def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
     first, second = (Reporter(str(tmp_path / "reports"), name) for name in ("a", "b"))
     for reporter in (first, second):
         reporter.engine_started({"model": "demo"}, 4.5)
-        reporter.rows_arrived()
-    first.rows_arrived()  # later rows do not start the clock again
+        reporter.rows_arrived(2)
+    first.rows_arrived(3)  # later rows do not start the clock again
     first.batch_done(batch(2, 50), {"num_steps": 7, "launches": {"full": 7}}, None, {"peak_rss_bytes": 900})
     second.batch_done(
         batch(3, 70), {"num_steps": 5, "launches": {"full": 5}}, {"boundaries_on": [True]}, {"peak_rss_bytes": 800}
@@ -31,7 +32,9 @@ def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
 
     reports = Reports(str(tmp_path / "reports"))
 
-    assert reports.totals() == {"rows": 5, "errors": 0, "tokens": 120, "depths": 3600, "engines": 2, "seconds": 9.0}
+    assert reports.totals() == {
+        "started": 7, "rows": 5, "errors": 0, "tokens": 120, "depths": 3600, "engines": 2, "seconds": 9.0
+    }  # fmt: skip
     assert reports.counters() == {"num_steps": 12, "launches": {"full": 12}}
     assert reports.engine_facts() == {"model": "demo"}
     assert reports.final_exits() == [{"boundaries_on": [True]}]
@@ -68,3 +71,13 @@ def test_before_any_actor_is_up_there_is_nothing_to_tell(tmp_path: Path) -> None
 def test_the_hit_rate_is_that_of_all_prompt_tokens_and_nothing_without_any() -> None:
     assert prefix_hit_rate({"num_prompt_tokens": 400, "num_cached_tokens": 150}) == 0.375
     assert prefix_hit_rate({"num_prompt_tokens": 0, "num_cached_tokens": 0}) == prefix_hit_rate({}) == 0.0
+
+
+def test_an_actor_that_starts_after_its_attempt_is_over_does_not_bring_the_folder_back(tmp_path: Path) -> None:
+    """The folder would let a writer that outlived its job commit rows that the next attempt generates as well."""
+    scratch = tmp_path / "_tmp" / "attempt"
+    with pytest.raises(FileNotFoundError):
+        Reporter(str(scratch / "reports"), "a")
+    with pytest.raises(FileNotFoundError):
+        DeathLedger(str(scratch / "running"))
+    assert list(tmp_path.iterdir()) == []

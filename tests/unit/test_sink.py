@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tide_ray.data.actor import RESULT_SCHEMA
 from tide_ray.data.parts import output_table, write_part
-from tide_ray.data.schema import ERROR_COLUMN, ERROR_SCHEMA, KEPT_PREFIX, OUTPUT_SCHEMA
+from tide_ray.data.result_rows import RESULT_SCHEMA
+from tide_ray.data.schema import ATTEMPTS_COLUMN, ERROR_COLUMN, ERROR_SCHEMA, KEPT_PREFIX, OUTPUT_SCHEMA
 from tide_ray.data.sink import ParquetSink
 
 FACTS = {"model": "tiny", "sampling": {"max_tokens": 3}, "revision": None}
@@ -37,10 +38,12 @@ def block(*errors: str, first: int = 0) -> pa.Table:
                 "token_times_us": [70] * len(generated),
                 "num_generated_tokens": len(generated),
                 ERROR_COLUMN: error,
+                ATTEMPTS_COLUMN: 2 * i,
                 KEPT_PREFIX + "label": i,
             }
         )
-    fields = [pa.field("row_id", pa.string()), *RESULT_SCHEMA, pa.field(KEPT_PREFIX + "label", pa.int16())]
+    ours = [pa.field("row_id", pa.string()), pa.field(ATTEMPTS_COLUMN, pa.int32())]
+    fields = [*ours, *RESULT_SCHEMA, pa.field(KEPT_PREFIX + "label", pa.int16())]
     return pa.Table.from_pylist(rows, schema=pa.schema(fields))
 
 
@@ -74,7 +77,7 @@ def test_rows_and_errors_go_to_their_folders_with_the_exact_schemas(tmp_path: Pa
     errors = pq.read_table(tmp_path / "errors" / "part-a1-000003.parquet")
     assert errors.schema.remove_metadata() == ERROR_SCHEMA
     assert errors.to_pylist() == [
-        {"row_id": "row-1", "stage": "generate", "error": "too long", "attempts": 1, "prompt": "prompt 1"}
+        {"row_id": "row-1", "stage": "generate", "error": "too long", "attempts": 3, "input": "prompt 1"}
     ]
 
 
@@ -97,7 +100,7 @@ def test_run_facts_are_in_the_metadata_of_every_part(tmp_path: Path) -> None:
         assert metadata[b"tide_ray.model"] == b"late"
         assert metadata[b"tide_ray.device"] == b"cpu"
         assert metadata[b"tide_ray.sampling"] == b'{"max_tokens": 3}'
-        assert metadata[b"tide_ray.schema_version"] == b"1"
+        assert metadata[b"tide_ray.schema_version"] == b"2"
         assert b"tide_ray.revision" not in metadata
 
 
@@ -123,6 +126,18 @@ def test_a_writer_that_outlived_its_job_commits_nothing(tmp_path: Path, scratch:
         sink(tmp_path).write([block("")], task(0))
     assert list((tmp_path / "data").iterdir()) == []
     assert not scratch.exists()
+
+
+def test_a_full_disk_commits_nothing_and_leaves_nothing_behind(tmp_path: Path, scratch: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_part(scratch, tmp_path / "data" / "part.parquet", [output_table(block("", ""))], FACTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "data").iterdir()) == []
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_part_is_never_visible_before_it_is_complete(

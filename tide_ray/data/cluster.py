@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -48,13 +50,14 @@ def connected(address: str | None, *, is_verbose: bool = False, log_format: str 
         if not is_verbose:
             warnings.simplefilter("ignore")
         try:
-            ray.init(
-                address=address,
-                logging_level=level,
-                log_to_driver=is_verbose,
-                **_options(address),
-                **ray_options(log_format),
-            )
+            with _sigterm_handler_kept():
+                ray.init(
+                    address=address,
+                    logging_level=level,
+                    log_to_driver=is_verbose,
+                    **_options(address),
+                    **ray_options(log_format),
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"address: cannot connect to Ray at {address!r}: {reason}") from None
@@ -93,6 +96,17 @@ def quiet_ray(*, is_verbose: bool) -> Iterator[None]:
         log.setLevel(level)
         for name, value in before.items():
             setattr(context, name, value)
+
+
+@contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Ray's own handler ends the process, with all that is in progress; one that was there before stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_reachable(address: str) -> None:

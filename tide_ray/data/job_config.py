@@ -48,6 +48,19 @@ class GenerateJobConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1, description="read only this many prompts")
     keep_columns: list[str] | Literal["all"] = Field(default_factory=list, description="input columns to keep, or all")
     gate_scores: bool = Field(default=False, description="also write every token's gate score (needs exits)")
+    dry_run: bool = Field(
+        default=False, description="write nothing; say what the job would take, from a probe of a few rows"
+    )
+    hourly_cost: float | None = Field(
+        default=None, ge=0, description="what an actor's share of a machine costs per hour, for dry_run"
+    )
+    max_errors: int | float | None = Field(
+        default=None, description="stop when more rows than this are rejected: a number, or a share like 0.05 or 5%"
+    )
+    retry_errors: bool = Field(default=False, description="try rows again that an earlier run rejected")
+    force_new_run: bool = Field(
+        default=False, description="when the output folder belongs to a different job, start beside it: OUTPUT-2"
+    )
     rows_per_part: int | None = Field(default=None, ge=1, description="rows per Parquet part")
 
     max_tokens: int = Field(default=128, description="most tokens to generate per prompt")
@@ -115,6 +128,12 @@ class GenerateJobConfig(BaseModel):
     batch_size: int = Field(default=32, ge=1, description="rows per Ray Data batch and block")
     address: str | None = Field(default=None, description="Ray cluster address")
     rejected_rows_ok: bool = Field(default=False, description="exit code 0, not 3, where rows were rejected")
+    drain_seconds: float = Field(
+        default=25.0, ge=0, description="after SIGTERM, how long answers in progress may take before they are dropped"
+    )
+    step_timeout: float = Field(
+        default=600.0, gt=0, description="seconds after which an engine's step that has not ended is taken for hung"
+    )
     verbose: bool = Field(default=False, description="show Ray's own logs and progress bars")
     log_format: Literal["text", "json"] = Field(default="text", description="text, or json: a record per line")
 
@@ -140,6 +159,9 @@ class GenerateJobConfig(BaseModel):
                 raise UserError(f"shadow needs max_disagreement, a certified bound to watch, got {config.shadow!r}")
         if config.gate_scores and config.exits is None:
             raise UserError("gate_scores needs exits, a router checkpoint, got none")
+        limit = config.max_errors
+        if limit is not None and not (limit >= 0 if isinstance(limit, int) else 0 < limit < 1):
+            raise UserError(f"max_errors must be a number of rows or a share between 0 and 1, got {limit!r}")
         if "://" in config.output:
             raise UserError(f"output must be a folder that every node can see, got {config.output!r}")
         return config
@@ -152,6 +174,10 @@ class GenerateJobConfig(BaseModel):
             UserError: the file is missing or not such a mapping, or ``build`` refuses the values.
         """
         return cls.build({**read_yaml_mapping(path), **(overrides or {})})
+
+    def most_errors(self, num_rows: int) -> int | None:
+        """How many of ``num_rows`` rows may be rejected; None for any number."""
+        return int(self.max_errors * num_rows) if isinstance(self.max_errors, float) else self.max_errors
 
     def sampling_params(self) -> SamplingParams:
         """The defaults of every row; a row's own ``sampling_params`` override them."""

@@ -3,7 +3,8 @@
 - ``_job.json``: the job's fingerprint, what must not change between attempts
 - ``_input/``: the snapshot of the prompts
 - ``data/``, ``errors/``: committed parts; the row ids in them are done
-- ``run.json``, ``_SUCCESS``: facts and counts of the finished job
+- ``_retried/``: parts of ``errors/`` whose rows were given another try
+- ``run.json``, ``_manifest.json``, ``_SUCCESS``: facts, part files and counts of the finished job
 - ``_lock``, ``_tmp/``: the owner, and files not committed yet
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tide_ray.data.compact import finish_pending
+from tide_ray.data.manifest import MANIFEST_FILE, make_manifest, part_files, read_parts
 from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, commit_file, make_error_table, write_part
+from tide_ray.data.schema import ATTEMPTS_COLUMN
 from tide_ray.data.snapshot import SNAPSHOT_FILE, Snapshot, read_rows
-from tide_ray.types import UserError
+from tide_ray.types import JobError, UserError
 
 JOB_FILE = "_job.json"
 INPUT_FOLDER = "_input"
 RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
 TMP_FOLDER = "_tmp"
+RETRIED_FOLDER = "_retried"
 MAX_REMOVALS = 100
 
 
-class JobError(RuntimeError):
-    """The job failed for a reason that is not the user's; the message is one line."""
+class DifferentJobError(UserError):
+    """The output folder belongs to a job with other fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,18 @@ class JobFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().resolve()
         self.attempt = uuid.uuid4().hex[:12]
+
+    @classmethod
+    def existing(cls, path: str | Path) -> JobFolder:
+        """The folder of a job that is there. Raises UserError if there is none."""
+        folder = cls(path)
+        if not (folder.path / JOB_FILE).is_file():
+            raise UserError(f"output: no job in {str(path)!r}")
+        return folder
+
+    def fields(self) -> dict[str, Any]:
+        """What identifies the job; see ``adopt``."""
+        return self._read_json(self.path / JOB_FILE)
 
     @property
     def input_folder(self) -> Path:
@@ -90,6 +107,7 @@ class JobFolder:
     def begin(self) -> None:
         """Shut out writers of attempts that are gone, and make room for this one. The caller owns the folder."""
         self.clear_uncommitted()
+        finish_pending(self.path)
         self.scratch.mkdir(parents=True)
 
     def adopt(self, fields: Mapping[str, Any]) -> None:
@@ -99,7 +117,7 @@ class JobFolder:
             fields: what identifies the job, JSON values by name.
 
         Raises:
-            UserError: the folder belongs to a job with other fields; names each with both values.
+            DifferentJobError: the folder belongs to a job with other fields; names each with both values.
         """
         path = self.path / JOB_FILE
         fields = json.loads(json.dumps(fields))
@@ -108,8 +126,9 @@ class JobFolder:
             differing = [name for name in {**before, **fields} if before.get(name) != fields.get(name)]
             if differing:
                 details = "; ".join(f"{name} was {before.get(name)!r}, now {fields.get(name)!r}" for name in differing)
-                raise UserError(
-                    f"output: {str(self.path)!r} belongs to a different job (choose another folder): {details}"
+                raise DifferentJobError(
+                    f"output: {str(self.path)!r} belongs to a different job (choose another folder, or --force-new-run "
+                    f"for one beside it): {details}"
                 )
         if not (self.input_folder / SNAPSHOT_FILE).exists():
             shutil.rmtree(self.input_folder, ignore_errors=True)
@@ -128,20 +147,42 @@ class JobFolder:
         tables = []
         for table in read_rows(self.input_folder, committed.errors):
             bad = table.filter(pc.not_equal(table["error"], ""))
-            tables.append(make_error_table(bad["row_id"], bad["error"], bad["prompt"], stage="input"))
+            ids = [None if ids is None else json.dumps(ids) for ids in bad["prompt_token_ids"].to_pylist()]
+            inputs = pc.coalesce(bad["prompt"], bad["messages"], pa.array(ids, pa.string()))
+            tables.append(make_error_table(bad["row_id"], bad["error"], inputs))
             committed.errors.update(bad["row_id"].to_pylist())
         if tables:
             write_part(self.scratch, self.path / ERRORS_FOLDER / f"part-{self.attempt}-input.parquet", tables, facts)
 
     def write_todo(self, committed: Committed) -> tuple[Path, int]:
-        """The snapshot's rows that are left, as Parquet in a folder of this attempt. Returns it and their number."""
+        """The snapshot's rows that are left, as Parquet in a folder of this attempt. Returns it and their number.
+
+        Column ``attempts`` has how often each was tried before and ended as an error.
+        """
         folder = self.scratch / "todo"
         folder.mkdir()
         num_rows = 0
+        attempts = self._past_attempts()
         for number, table in enumerate(read_rows(self.input_folder, committed.ids)):
+            past = [attempts.get(row_id, 0) for row_id in table["row_id"].to_pylist()]
+            table = table.append_column(ATTEMPTS_COLUMN, pa.array(past, pa.int32()))
             pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
             num_rows += table.num_rows
         return folder, num_rows
+
+    def take_back_errors(self) -> int:
+        """Have the rows in ``errors/`` done again: they are not committed any more. Returns their number.
+
+        Rows that never reached an engine are committed as errors again, since the snapshot is what it was.
+        """
+        num_rows = sum(table.num_rows for table in read_parts(self.path, ERRORS_FOLDER, ["row_id"]))
+        if num_rows:
+            for name in (SUCCESS_FILE, MANIFEST_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            (self.path / RETRIED_FOLDER).mkdir(exist_ok=True)
+            for path in part_files(self.path, ERRORS_FOLDER):
+                os.replace(path, self.path / RETRIED_FOLDER / f"{self.attempt}-{path.name}")
+        return num_rows
 
     def finished(self) -> dict[str, Any] | None:
         """The counts of the finished job, None if it is not finished."""
@@ -162,8 +203,9 @@ class JobFolder:
         return {**counts, "mean_depth": round(depths / tokens, 4) if tokens else 0.0}
 
     def finish(self, run: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-        """Write the facts, then the mark that the job is finished."""
+        """Write the facts and the manifest, then the mark that the job is finished."""
         self._write_json(RUN_FILE, run)
+        self._write_json(MANIFEST_FILE, make_manifest(self.path))
         self._write_json(SUCCESS_FILE, counts)
 
     def clear_uncommitted(self) -> None:
@@ -175,29 +217,29 @@ class JobFolder:
                 return
         raise JobError(f"output: cannot remove {str(self.path / TMP_FOLDER)!r}; is another job writing there?")
 
-    def _row_ids(self, folder: str) -> tuple[set[str], int]:
+    def _row_ids(self, kind: str) -> tuple[set[str], int]:
         ids: set[str] = set()
         num_rows = 0
-        for table in self._parts(folder, ["row_id"]):
+        for table in read_parts(self.path, kind, ["row_id"]):
             ids.update(table["row_id"].to_pylist())
             num_rows += table.num_rows
         return ids, num_rows
 
+    def _past_attempts(self) -> dict[str, int]:
+        attempts: dict[str, int] = {}
+        for table in read_parts(self.path, RETRIED_FOLDER, ["row_id", ATTEMPTS_COLUMN]):
+            for row_id, count in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                attempts[row_id] = max(count, attempts.get(row_id, 0))
+        return attempts
+
     def _tokens_and_depths(self) -> tuple[int, float]:
         """Generated tokens, and the sum of their depths, over all committed rows."""
         tokens, depths = 0, 0.0
-        for table in self._parts(DATA_FOLDER, ["num_generated_tokens", "mean_exit_layer"]):
+        for table in read_parts(self.path, DATA_FOLDER, ["num_generated_tokens", "mean_exit_layer"]):
             counts = table["num_generated_tokens"].cast(pa.float64())
             tokens += pc.sum(table["num_generated_tokens"]).as_py()
             depths += pc.sum(pc.multiply(counts, table["mean_exit_layer"])).as_py()
         return tokens, depths
-
-    def _parts(self, folder: str, columns: list[str]) -> Iterator[pa.Table]:
-        for path in sorted((self.path / folder).glob("*.parquet")):
-            try:
-                yield pq.read_table(path, columns=columns)
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"output: {str(path)!r} is damaged: {' '.join(str(error).split())}") from None
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:

@@ -20,6 +20,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 DEATHS_BEFORE_ISOLATION = 2
+DEATHS_BEFORE_GIVING_UP = DEATHS_BEFORE_ISOLATION + 1
 REASON = "the worker process died while this row was running alone"
 
 
@@ -27,12 +28,13 @@ class DeathLedger:
     """Notes in a folder that all workers see. One per process; used from one event loop.
 
     Args:
-        folder: made if need be; removed with the job's other temporary files.
+        folder: made in the attempt's folder if need be; removed with it.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        # Not its parents: without the attempt's folder, this actor's attempt is over (see ``parts``).
+        self._folder.mkdir(exist_ok=True)
         self._gate = _Gate()
 
     async def run(

@@ -129,6 +129,12 @@ class MetricsPublisher:
             self._engine = engine
             self._published.clear()
 
+    def forget(self) -> None:
+        """Publish a last time what the engine has done, and hold it no longer."""
+        self.publish()
+        with self._lock:
+            self._engine = None
+
     def publish(self) -> None:
         """Hand over what has changed. For the end of all work; meanwhile the thread does it."""
         with self._lock:

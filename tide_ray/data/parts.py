@@ -2,25 +2,31 @@
 
 A part is written in a scratch folder of its attempt, fsynced and renamed into ``data/`` or ``errors/``. The file itself
 is the commit record: a killed job leaves only whole parts behind. The next attempt removes the scratch folder before it
-looks at what is committed, so a writer that outlived its job has nothing left to rename.
+looks at what is committed, and only the job makes it, so a writer that outlived its job has nothing to rename.
+
+A part carries the checksum of its own rows: the SHA-256 of all its bytes before the footer stands in the footer.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tide_ray.data.ledger import DEATHS_BEFORE_GIVING_UP, REASON
 from tide_ray.data.schema import (
+    ATTEMPTS_COLUMN,
     ERROR_COLUMN,
     ERROR_SCHEMA,
     KEPT_PREFIX,
+    METADATA_PREFIX,
     OPTIONAL_SCHEMA,
     OUTPUT_SCHEMA,
     with_metadata,
@@ -28,6 +34,10 @@ from tide_ray.data.schema import (
 
 DATA_FOLDER = "data"
 ERRORS_FOLDER = "errors"
+
+BODY_SHA256 = METADATA_PREFIX + "body_sha256"
+BODY_BYTES = METADATA_PREFIX + "body_bytes"
+HASHED_AT_A_TIME = 1 << 20
 
 
 def output_table(block: pa.Table) -> pa.Table:
@@ -43,18 +53,34 @@ def output_table(block: pa.Table) -> pa.Table:
 def error_table(block: pa.Table) -> pa.Table:
     """The rejected rows of a processed block, in the error schema."""
     rows = block.filter(pc.not_equal(block[ERROR_COLUMN], ""))
-    return make_error_table(rows["row_id"], rows[ERROR_COLUMN], rows["prompt"], stage="generate")
+    killed = pc.equal(rows[ERROR_COLUMN], REASON)
+    return make_error_table(
+        rows["row_id"],
+        rows[ERROR_COLUMN],
+        rows["prompt"],
+        stages=pc.if_else(killed, "process", "generate"),
+        attempts=pc.add(rows[ATTEMPTS_COLUMN], pc.if_else(killed, DEATHS_BEFORE_GIVING_UP, 1)),
+    )
 
 
-def make_error_table(row_ids: Any, errors: Any, prompts: Any, *, stage: str) -> pa.Table:
-    """An error table from columns of equal length."""
+def make_error_table(
+    row_ids: pa.ChunkedArray,
+    errors: pa.ChunkedArray,
+    inputs: pa.ChunkedArray,
+    *,
+    stages: pa.ChunkedArray | None = None,
+    attempts: pa.ChunkedArray | None = None,
+) -> pa.Table:
+    """An error table from columns of equal length; without ``stages`` and ``attempts`` they are ``input`` and 1."""
     count = len(row_ids)
-    columns = [row_ids, [stage] * count, errors, [1] * count, prompts]
-    arrays = [
-        column.cast(item.type) if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, item.type)
-        for column, item in zip(columns, ERROR_SCHEMA, strict=True)
-    ]
-    return pa.Table.from_arrays(arrays, schema=ERROR_SCHEMA)
+    columns = {
+        "row_id": row_ids,
+        "stage": pa.array(["input"] * count, pa.string()) if stages is None else stages,
+        "error": errors,
+        "attempts": pa.array([1] * count, pa.int32()) if attempts is None else attempts,
+        "input": inputs,
+    }
+    return pa.table([columns[item.name].cast(item.type) for item in ERROR_SCHEMA], schema=ERROR_SCHEMA)
 
 
 def write_part(scratch: Path, target: Path, tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> None:
@@ -68,10 +94,61 @@ def write_part(scratch: Path, target: Path, tables: Sequence[pa.Table], facts: M
     temporary = scratch / f"{target.name}.{uuid.uuid4().hex}"
     target.parent.mkdir(exist_ok=True)
     try:
-        pq.write_table(table.cast(with_metadata(table.schema, facts)), temporary, compression="zstd")
+        write_parquet(temporary, with_metadata(table.schema, facts), [table])
         commit_file(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write ``tables``, a row group each, with the file's checksum in its footer."""
+    with path.open("wb") as stream:
+        hashed = _HashedStream(stream)
+        with pq.ParquetWriter(hashed, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table.cast(schema), row_group_size=max(table.num_rows, 1))
+            writer.add_key_value_metadata({BODY_SHA256: hashed.digest.hexdigest(), BODY_BYTES: str(hashed.num_bytes)})
+
+
+def part_checksum(metadata: pq.FileMetaData) -> str | None:
+    """The checksum that a part says it has, None if it was not written by ``write_parquet``."""
+    value = (metadata.metadata or {}).get(BODY_SHA256.encode())
+    return None if value is None else value.decode()
+
+
+def is_intact(path: Path, metadata: pq.FileMetaData) -> bool:
+    """Whether the bytes of a part's rows are those that were written. ``metadata`` is the part's."""
+    left = int((metadata.metadata or {}).get(BODY_BYTES.encode(), -1))
+    digest = sha256()
+    with path.open("rb") as stream:
+        while left > 0 and (chunk := stream.read(min(left, HASHED_AT_A_TIME))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return left == 0 and digest.hexdigest() == part_checksum(metadata)
+
+
+class _HashedStream:
+    """A file to write to that knows the SHA-256 and the number of the bytes so far."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = sha256()
+        self.num_bytes = 0
+
+    @property
+    def closed(self) -> bool:
+        return self._stream.closed
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def commit_file(temporary: Path, target: Path) -> None:

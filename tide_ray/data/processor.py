@@ -1,7 +1,7 @@
 """``build_processor``: generation as a step of any Ray Data pipeline, with the names and row contract of ray.data.llm.
 
 Rows bring ``messages``, ``prompt`` or ``prompt_token_ids``, and ``sampling_params`` if they like; they leave with the
-columns of ``actor.RESULT_SCHEMA`` beside their own. Strings are used as they are, messages through the template.
+columns of ``result_rows.RESULT_SCHEMA`` beside their own. Strings are used as they are, messages through the template.
 """
 
 from __future__ import annotations
@@ -118,10 +118,33 @@ class Processor:
         dataset = self._generate(dataset)
         return dataset if self._postprocess is None else dataset.map(self._postprocess)
 
-    def _generate(self, dataset: Dataset) -> Dataset:
+    def placed(self) -> tuple[EngineConfig, Placement]:
+        """The engine of each actor and its resources. Raises UserError if the cluster cannot place the actors."""
+        if not ray.is_initialized():
+            ray.init()
         config = self.config
         engine = make_engine_config(config.engine_kwargs)
-        placement = self._placement(engine)
+
+        def plan() -> Placement:
+            return plan_placement(
+                live_nodes(ray.nodes()),
+                num_actors=config.num_actors,
+                device=engine.device,
+                num_gpus=config.num_gpus_per_actor,
+                num_cpus=config.num_cpus_per_actor,
+            )
+
+        if not config.wait_for_nodes_s:
+            placement = plan()
+        else:
+            amounts = {"GPU": config.num_gpus_per_actor, "CPU": config.num_cpus_per_actor}
+            each = {name: amount for name, amount in amounts.items() if amount} or {"CPU": 1.0}
+            placement = wait_for_placement(plan, _ask_autoscaler, [each] * config.num_actors, config.wait_for_nodes_s)
+        return _on_this_node(engine, placement), placement
+
+    def _generate(self, dataset: Dataset) -> Dataset:
+        config = self.config
+        engine, placement = self.placed()
         batches = config.max_concurrent_batches or concurrent_batches(config.batch_size, engine.max_num_seqs)
         batches = min(batches, self._max_batches)
         low, high = (config.concurrency,) * 2 if isinstance(config.concurrency, int) else config.concurrency
@@ -130,7 +153,7 @@ class Processor:
             self._generator,
             fn_constructor_kwargs={
                 "model": config.model_source,
-                "config": _on_this_node(engine, placement),
+                "config": engine,
                 "options": self._options,
             },
             batch_size=config.batch_size,
@@ -148,26 +171,6 @@ class Processor:
             runtime_env=config.runtime_env,
             udf_modifying_row_count=False,
         )
-
-    def _placement(self, engine: EngineConfig) -> Placement:
-        if not ray.is_initialized():
-            ray.init()
-        config = self.config
-
-        def plan() -> Placement:
-            return plan_placement(
-                live_nodes(ray.nodes()),
-                num_actors=config.num_actors,
-                device=engine.device,
-                num_gpus=config.num_gpus_per_actor,
-                num_cpus=config.num_cpus_per_actor,
-            )
-
-        if not config.wait_for_nodes_s:
-            return plan()
-        amounts = {"GPU": config.num_gpus_per_actor, "CPU": config.num_cpus_per_actor}
-        each = {name: amount for name, amount in amounts.items() if amount} or {"CPU": 1.0}
-        return wait_for_placement(plan, _ask_autoscaler, [each] * config.num_actors, config.wait_for_nodes_s)
 
 
 def _ask_autoscaler(bundles: Sequence[Mapping[str, float]]) -> None:

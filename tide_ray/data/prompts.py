@@ -22,9 +22,13 @@ ROW_ID_LENGTH = 32
 
 @dataclass(slots=True)
 class PromptRow:
-    """One row of the job: exactly one of the three prompts unless ``error`` is set; JSON for nested values."""
+    """One row of the job: exactly one of the three prompts unless ``error`` is set; JSON for nested values.
+
+    ``content_hash`` is of the prompt and the row's own parameters, whatever its id.
+    """
 
     row_id: str = ""
+    content_hash: str = ""
     prompt: str | None = None
     messages: str | None = None
     prompt_token_ids: list[int] | None = None
@@ -125,7 +129,9 @@ class RowMaker:
                 made.error = str(error)
         content = _canonical([made.prompt, made.messages, made.prompt_token_ids, own_params, made.error])
         made.row_id = self._given_id(row) if self._id_column and not row.problem else self._content_id(content)
-        self.digest.update(made.row_id.encode() + sha256(content).digest())
+        content_digest = sha256(content)
+        made.content_hash = content_digest.hexdigest()[:ROW_ID_LENGTH]
+        self.digest.update(made.row_id.encode() + content_digest.digest())
         if not made.error:
             try:
                 made.sampling_params = json.dumps(self._merge(made.row_id, own_params))
@@ -175,6 +181,8 @@ def _set_prompt(made: PromptRow, row: SourceRow, columns: Sequence[str]) -> None
     elif name == "prompt_token_ids" or isinstance(value, list):
         made.prompt_token_ids = parse_token_ids(value)
     elif isinstance(value, str):
+        if not value:
+            raise UserError(f"{name} is empty")
         made.prompt = _encodable(name, value)
     else:
         raise UserError(f"{name} must be a string, messages or token ids, got {type(value).__name__}")

@@ -9,33 +9,48 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
-TOTALS = ("rows", "errors", "tokens", "depths")
+from tide_ray.types import EngineStats
+
+TOTALS = ("started", "rows", "errors", "tokens", "depths")
+COUNTERS = (
+    "rows_through_layer", "num_prompt_tokens", "num_cached_tokens", "num_steps", "num_preemptions", "launches",
+    "num_filled_rows", "num_prefill_exits", "num_dropped_tokens", "num_accepted_drafts", "num_rejected_drafts",
+    "deferred_rows",
+)  # fmt: skip
 
 
 class Reporter:
     """One actor's report, rewritten whole at every change.
 
     Args:
-        folder: made if need be; removed with the job's other temporary files.
+        folder: made in the attempt's folder if need be; removed with it.
         name: unique among the job's actors, restarted ones included.
     """
 
     def __init__(self, folder: str, name: str) -> None:
         self._path = Path(folder) / f"{name}.json"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Not its parents: without the attempt's folder, this actor's attempt is over (see ``parts``).
+        self._path.parent.mkdir(exist_ok=True)
         self._report: dict[str, Any] = {"totals": dict.fromkeys(TOTALS, 0)}
 
     def engine_started(self, facts: dict[str, Any], seconds: float) -> None:
         """``facts``: what the engine says of itself; ``seconds``: what loading it and warming it up took."""
         self._write(engine=facts, process={"startup_seconds": round(seconds, 3)})
 
-    def rows_arrived(self) -> None:
-        """The first rows are here: generating begins, and starting up (Ray's and the engine's) is over."""
-        if "first_rows" not in self._report:
-            self._write(first_rows=time.time())
+    def engine_changed(self, facts: dict[str, Any]) -> None:
+        """Another engine has taken the place of the one that started."""
+        self._write(engine=facts)
+
+    def rows_arrived(self, count: int) -> None:
+        """``count`` rows are here. With the first, generating begins and starting up (Ray's, the engine's) is over."""
+        totals = {**self._report["totals"], "started": self._report["totals"]["started"] + count}
+        first = {} if "first_rows" in self._report else {"first_rows": time.time()}
+        self._write(totals=totals, **first)
 
     def batch_done(
         self,
@@ -45,12 +60,12 @@ class Reporter:
         memory: dict[str, int],
         drift: dict[str, Any] | None = None,
     ) -> None:
-        """Add one batch's ``totals``.
+        """Add one batch's ``totals``: all of TOTALS but ``started``.
 
         ``counters``, ``exits`` (the launch plan), ``memory`` (``peak_memory``) and ``drift`` (what the drift guard has
         found) are the engine's as they are now.
         """
-        summed = {key: self._report["totals"][key] + totals[key] for key in TOTALS}
+        summed = {key: count + totals.get(key, 0) for key, count in self._report["totals"].items()}
         process = {**self._report.get("process", {}), **memory}
         now = {"counters": counters, "exits": exits, "process": process, "drift": drift, "last_batch": time.time()}
         self._write(totals=summed, **now)
@@ -74,7 +89,10 @@ class Reports:
         self.folder = folder
 
     def totals(self) -> dict[str, Any]:
-        """Sums of the batches' totals, engines that started, and seconds from the first rows to the last batch."""
+        """Sums of the actors' totals, engines that started, and seconds from the first rows to the last batch.
+
+        ``started`` counts rows when an actor gets them, so that those of one that died count again.
+        """
         reports = self._read()
         starts = [report["first_rows"] for report in reports if "first_rows" in report]
         ends = [report["last_batch"] for report in reports if "last_batch" in report]
@@ -117,7 +135,17 @@ class Reports:
         return summed
 
     def _read(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(self.folder).glob("*.json"))]
+        reports = []
+        for path in sorted(Path(self.folder).glob("*.json")):
+            with suppress(FileNotFoundError):  # the attempt is over
+                reports.append(json.loads(path.read_text(encoding="utf-8")))
+        return reports
+
+
+def engine_counters(stats: EngineStats) -> dict[str, Any]:
+    """What a report has of an engine's counters."""
+    by_depth = {str(depth): count for depth, count in sorted(dict(stats.tokens_at_depth).items())}
+    return {**{name: copy(getattr(stats, name)) for name in COUNTERS}, "tokens_at_depth": by_depth}
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tide_ray.data.job_config import GenerateJobConfig
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 METADATA_PREFIX = "tide_ray."
 ERROR_COLUMN = "__inference_error__"
 KEPT_PREFIX = "kept__"
@@ -70,16 +70,21 @@ OUTPUT_SCHEMA = pa.schema(
 )
 """One row per prompt. The three lists have equal length; ``exit_layers`` holds depths, times are microseconds."""
 
+ATTEMPTS_COLUMN = "attempts"
 ERROR_SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("stage", pa.string()),
         ("error", pa.string()),
-        ("attempts", pa.int32()),
-        ("prompt", pa.string()),
+        (ATTEMPTS_COLUMN, pa.int32()),
+        ("input", pa.string()),
     ]
 )
-"""One row per prompt that got no result. ``stage`` is ``input`` (never reached the engine) or ``generate``."""
+"""One row per prompt that got no result.
+
+``stage`` is ``input`` (never reached an engine), ``generate`` (the engine refused it) or ``process`` (its process died
+of it); ``attempts`` counts how often it was tried; ``input`` is the prompt's text, or JSON of messages or token ids.
+"""
 
 
 def with_metadata(schema: pa.Schema, facts: Mapping[str, Any]) -> pa.Schema:

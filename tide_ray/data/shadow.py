@@ -9,14 +9,15 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tide_ray.calibrate.drift import DriftTest, shadow_loss
 from tide_ray.data.logs import JobLog
-from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.engine.engine import TideEngine
 from tide_ray.exits.certificates import Certificate
-from tide_ray.types import RequestOutput, SamplingParams
+from tide_ray.types import Prompt, RequestOutput, SamplingParams
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,13 @@ class OrderedLosses:
                 self._test(known)
 
 
+class AnsweringEngine(Protocol):
+    """What is used of an AsyncEngine, or of one that is guarded."""
+
+    async def generate(self, prompt: Prompt, params: SamplingParams) -> RequestOutput: ...
+    async def run(self, work: Callable[[TideEngine], Result]) -> Result: ...
+
+
 class DriftGuard:
     """Watches one engine.
 
@@ -64,9 +72,7 @@ class DriftGuard:
         engine: runs the settings of ``certificate``.
     """
 
-    def __init__(
-        self, engine: AsyncEngine[TideEngine], certificate: Certificate, options: ShadowOptions, log: JobLog
-    ) -> None:
+    def __init__(self, engine: AnsweringEngine, certificate: Certificate, options: ShadowOptions, log: JobLog) -> None:
         self._engine = engine
         self._log = log
         self._certificate = certificate

@@ -28,6 +28,7 @@ INPUT_SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("row_index", pa.int64()),
+        ("content_hash", pa.string()),
         ("prompt", pa.string()),
         ("messages", pa.string()),
         ("prompt_token_ids", pa.list_(pa.int32())),

@@ -1,0 +1,101 @@
+"""Stopping a running job without losing what it has done: answers in progress are finished and written, no more begin.
+
+The job asks by a file in a folder that all workers see. Reads then pass on no rows, actors finish the rows that they
+have or, when the time is up, drop them, and what is finished is written; the data set ends as if it were that short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+Result = TypeVar("Result")
+
+POLL_SECONDS = 0.5
+
+
+class DrainRequest:
+    """The job's side. ``path`` is a file in a folder of the attempt."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def make(self, seconds: float) -> None:
+        """Ask all workers to stop; rows in progress have ``seconds``, counted by each worker from when it sees this."""
+        unfinished = Path(f"{self.path}.{os.getpid()}")
+        unfinished.write_text(str(seconds), encoding="utf-8")
+        os.replace(unfinished, self.path)
+
+
+def rows_unless_drained(table: pa.Table, path: str) -> pa.Table:
+    """All rows, or none once the job is asked to stop."""
+    return table.slice(0, 0) if os.path.exists(path) else table
+
+
+class Drainable:
+    """A worker's side: runs work that is dropped when the job is asked to stop. Used from one event loop."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._running: set[asyncio.Future[Any]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._is_over = False
+
+    @property
+    def is_requested(self) -> bool:
+        return self._path.exists()
+
+    async def run(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
+        """What ``work`` returns, or None if the time for it is over."""
+        if self._is_over:
+            return None
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch())
+        task = asyncio.ensure_future(work())
+        self._running.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._is_over:
+                return None
+            raise
+        finally:
+            self._running.discard(task)
+
+    async def _watch(self) -> None:
+        while not self.is_requested:
+            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(float(self._path.read_text(encoding="utf-8")))
+        self._is_over = True
+        for task in list(self._running):
+            task.cancel()
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came while there was nothing to drain. Not an Exception: it must pass everything that handles errors."""
+
+
+@contextmanager
+def sigterm_calls(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` in the main thread for every SIGTERM during the block; nothing changes in another thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def terminate() -> None:
+    """The action for times without work in progress."""
+    raise TerminatedError
