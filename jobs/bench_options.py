@@ -76,8 +76,7 @@ def finish(
 @contextmanager
 def user_errors() -> Iterator[None]:
     """A user's mistake ends with one line and exit code 2, a failed job with 1."""
-    from tide_ray.data.job_folder import JobError
-    from tide_ray.types import UserError
+    from tide_ray.types import JobError, UserError
 
     try:
         yield

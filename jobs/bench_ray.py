@@ -26,7 +26,7 @@ from rich.console import Console
 from tide_ray import EngineConfig, TideEngine
 from tide_ray.data.job import EXIT_OK, run_generate
 from tide_ray.data.job_config import GenerateJobConfig
-from tide_ray.data.job_folder import JobError
+from tide_ray.types import JobError
 
 
 def ray_overhead(workload: Workload, engine_settings: dict[str, Any], *, rounds: int, repeats: int) -> dict[str, Any]:

@@ -4,9 +4,10 @@
 batches on the same prompts, says where the engine's time goes, and what the Ray job adds to the bare engine. ``peers``
 compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures
 forced exits, ``exits`` the speed of a router checkpoint, ``verified`` that of its drafts, ``quality`` what its exits
-cost in agreement, ``prefix`` what prompts that begin alike save, ``serving`` the server under load; ``kernels``
-measures the GPU kernels, and ``kernel-resources`` compiles them for every architecture without a GPU. Prefix caching
-is off but in ``prefix`` and ``serving``: rounds repeat their prompts, and all compute them.
+cost in agreement, ``prefix`` what prompts that begin alike save, ``serving`` the server under load,
+``faults`` what killed processes cost a job; ``kernels`` measures the GPU kernels, and ``kernel-resources`` compiles
+them for every architecture without a GPU. Prefix caching is off but in ``prefix``, ``serving`` and ``faults``: rounds
+repeat their prompts, and all compute them.
 """
 
 from __future__ import annotations
@@ -392,6 +393,37 @@ def serving(
             exits=exits,
         )
     finish("serving", machine, measured, print_serving_report, output)
+
+
+@app.command()
+def faults(
+    scenarios: Annotated[str, typer.Option(help="names, separated by commas; default: all")] = "",
+    rows: Annotated[int, typer.Option(help="prompts of each job")] = 240,
+    finished_rows: Annotated[int, typer.Option(help="prompts of the job that is run again when it is finished")] = 2000,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 48,
+    max_num_seqs: Annotated[int, typer.Option(help="resident sequences of an actor")] = 8,
+    output: Output = None,
+) -> None:
+    """Jobs whose processes are killed, starved and stopped: rows lost, doubled and generated again."""
+    with user_errors():
+        from bench_faults import print_faults_report, run_faults
+        from bench_machine import machine_facts, num_cores
+
+        machine = machine_facts(num_cores())
+        measured = run_faults(
+            [name for name in scenarios.split(",") if name],
+            num_rows=parse_positive("rows", rows),
+            finished_rows=parse_positive("finished_rows", finished_rows),
+            model=model,
+            dtype=dtype,
+            max_tokens=parse_positive("max_tokens", max_tokens),
+            max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
+        )
+    finish("faults", machine, measured, print_faults_report, output)
+    if any("failed" in row for row in measured["scenarios"]):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -24,10 +25,10 @@ ENGINE = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "max_model_len
 class FragileEngine(TideEngine):
     """Dies of one prompt like a process that the kernel kills."""
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, streaming: bool = False) -> None:
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, **options: Any) -> None:
         if prompt == "poison":
             os._exit(1)
-        super().add_request(request_id, prompt, params, streaming=streaming)
+        super().add_request(request_id, prompt, params, **options)
 
 
 class FragileGenerator(Generator):
