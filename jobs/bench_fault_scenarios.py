@@ -258,11 +258,12 @@ def disk_full(bench: Bench, name: str) -> dict[str, Any]:
         timeout=MOST_SECONDS,
         check=False,
     )
-    if done.returncode or "No space left on device" not in done.stderr:
+    if done.returncode:
         raise JobError(f"{name}: {done.stderr[-500:]}")
     num_parts, *codes = map(int, done.stdout.split())
     shutil.copytree(job.folder / "kept", job.out, dirs_exist_ok=True)
-    return measured(job, codes, None, parts_at_fault=num_parts)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return measured(job, codes, None, parts_at_fault=num_parts, said=said)
 
 
 def finished_again(bench: Bench, name: str) -> dict[str, Any]:
