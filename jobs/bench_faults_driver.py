@@ -1,9 +1,9 @@
 """A generation job whose engine can be made to fail by what a prompt says; see ``bench_faults``.
 
 ``python jobs/bench_faults_driver.py JOB.yaml``: the engine is the real one, but a prompt with the word POISON kills the
-process like the kernel's out-of-memory killer, HANG lets no step return, and more residents than an environment variable
-allows ask for more memory than there is. Ray's workers get the class by value, so this file must be the program that
-runs.
+process like the kernel's out-of-memory killer, HANG lets no step return, and more residents than an environment
+variable allows ask for more memory than there is. Ray's workers get the class by value, so this file must be the
+program that runs.
 """
 
 from __future__ import annotations
