@@ -14,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import inspect
 import logging
 import os
 import threading
-import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 import torch
@@ -111,8 +112,7 @@ class GuardedEngine:
                     leave(f"fatal device error: {cause}")
                 if not is_out_of_memory(cause) or not used.is_dead:
                     raise
-                # The frames of the failed step hold what it had allocated.
-                traceback.clear_frames(cause.__traceback__)
+                _release_frames(cause)
             del used
             await self._make_smaller(cause)
 
@@ -158,6 +158,19 @@ class GuardedEngine:
             engine = self._async_engine
             if engine is not None and engine.seconds_in_step > step_timeout:
                 leave(f"a step has not ended in {step_timeout:g} s")
+
+
+def _release_frames(error: BaseException) -> None:
+    """Have the frames of a failed step let go of what it had allocated.
+
+    Among them are those of other requests that failed with it: coroutines, which clearing would end.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_flags & inspect.CO_COROUTINE:
+            with suppress(RuntimeError):  # it is running
+                trace.tb_frame.clear()
+        trace = trace.tb_next
 
 
 def leave(reason: str) -> NoReturn:
