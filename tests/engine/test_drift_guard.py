@@ -83,10 +83,10 @@ def run_guarded(
 
 
 def test_prompts_of_the_certified_kind_leave_exits_on_over_a_long_run(model: Path, certified: Path) -> None:
-    guard, done, again, facts = run_guarded(model, certified, EPSILON, prompts_like_certified(250, 7))
+    guard, done, again, facts = run_guarded(model, certified, EPSILON, prompts_like_certified(200, 7))
     losses = [loss for _, loss, _ in done if loss is not None]
-    assert len(losses) == guard.test.num_losses == 250
-    assert guard.test.mean_loss == pytest.approx(sum(losses) / 250)
+    assert len(losses) == guard.test.num_losses == 200
+    assert guard.test.mean_loss == pytest.approx(sum(losses) / 200)
     assert 0 < guard.test.mean_loss < EPSILON
     assert not guard.test.has_tripped
     assert all(exits_on for _, _, exits_on in done)

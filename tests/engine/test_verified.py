@@ -83,7 +83,7 @@ def expected(model: PreTrainedModel, plain: PreTrainedModel, prompts: list[list[
 @pytest.mark.parametrize(
     "limits",
     [
-        {"max_num_seqs": 1},
+        {"max_num_seqs": 3},
         {"max_num_seqs": 7, "max_num_batched_tokens": 11},
         {"max_num_seqs": 32, "holds": (3, 2)},
         {"max_num_seqs": 16, "holds": (1, 4), "compile": "off"},

@@ -158,3 +158,12 @@ def test_drafting_stops_once_drafts_come_out_wrong_and_is_tried_again_later() ->
     tries = [planner.plan(1).is_on for _ in range(64 * 30)]
     assert tries[:64] == [(False,)] * 64
     assert tries[-1] == (True,)
+
+
+def test_launches_far_faster_than_measured_still_leave_a_plan() -> None:
+    """Costs measured while something else held the machine were 20 times too high, and rounded to no time at all."""
+    planner = LaunchPlanner(costs(line(1.0, 0.001), line(4.0, 0.001)), [0.7], acceptance=0.98)
+    for _ in range(500):
+        planner.took([0, 1], 4, 1e-6)
+    assert max(planner.time_factors) < 0.05
+    assert planner.plan(4).rate > 0

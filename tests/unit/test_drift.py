@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from tide_ray import UserError
 from tide_ray.calibrate.drift import DriftTest
+from tide_ray.data.job_config import GenerateJobConfig
 
 EPSILON, DELTA = 0.05, 0.1
 REPETITIONS, LENGTH = 400, 1500
@@ -66,6 +70,19 @@ def test_the_test_says_what_it_found() -> None:
 def test_a_loss_outside_its_range_is_refused(loss: float) -> None:
     with pytest.raises(ValueError, match="a loss must be in"):
         DriftTest(0.02, 0.05).add(loss)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shadow": 1.5, "exits": "r", "max_disagreement": 0.1}, r"shadow must be in \(0, 1\], got 1.5"),
+        ({"shadow": 0.0, "exits": "r", "max_disagreement": 0.1}, r"shadow must be in \(0, 1\], got 0.0"),
+        ({"shadow": 0.1, "exits": "r"}, "shadow needs max_disagreement, a certified bound to watch, got 0.1"),
+    ],
+)
+def test_a_share_that_cannot_be_shadowed_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GenerateJobConfig.build(values)
 
 
 def trips(losses: np.ndarray, epsilon: float = EPSILON, delta: float = DELTA) -> int | None:

@@ -71,7 +71,7 @@ class LaunchPlanner:
         if self.costs is None or residents == 0 or self.is_stopped:
             return self.current
         rounded = [round(share * 50) for share in self.shares]
-        slowed = [round(factor / TIME_STEP) for factor in self.time_factors]
+        slowed = [max(round(factor / TIME_STEP), 1) for factor in self.time_factors]  # time is never nothing
         right = -1 if self.acceptance is None else round(self.acceptance * 50)
         key = (_bucket(residents), right, *rounded, *slowed)
         if key not in self._plans:
