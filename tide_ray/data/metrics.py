@@ -84,6 +84,8 @@ METRICS = (
     EngineMetric("tide_launches", "launches", lambda e: dict(e.stats.launches), tag="stage"),
     EngineMetric("tide_deferred_rows", "rows run later for K/V", lambda e: dict(e.stats.deferred_rows), tag="stage"),
     EngineMetric("tide_filled_rows", "rows whose K/V were filled", lambda e: e.stats.num_filled_rows),
+    EngineMetric("tide_accepted_drafts", "drafts that full depth confirmed", lambda e: e.stats.num_accepted_drafts),
+    EngineMetric("tide_rejected_drafts", "drafts unlike full depth's token", lambda e: e.stats.num_rejected_drafts),
     EngineMetric("tide_preemptions", "sequences computed again for want of pages", lambda e: e.stats.num_preemptions),
     EngineMetric("tide_queue_depth", "requests or residents that wait", _queues, is_counter=False, tag="stage"),
     EngineMetric("tide_residents", "sequences that hold K/V", lambda e: len(e.scheduler.residents), is_counter=False),
