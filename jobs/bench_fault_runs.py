@@ -29,7 +29,7 @@ MOST_SECONDS = 240.0
 STORE_BYTES = 80 << 20  # of each node's object store; Ray takes no less than 75 MiB
 # Of three CPUs an actor takes two. Of two it would take one, and one that moves in after a node's death the other, so
 # that none was left for reads and writes.
-NODE = {"num_cpus": 3, "object_store_memory": STORE_BYTES}
+NODE: dict[str, Any] = {"num_cpus": 3, "object_store_memory": STORE_BYTES}
 HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
