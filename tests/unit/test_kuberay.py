@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from kuberay_fields import SCHEMAS
 from ray_start import check_ray_start
 from tide_ray.data.job_config import GenerateJobConfig
+from tide_ray.serve.config import LLMServingArgs
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cluster").glob("kuberay-*.yaml"))
@@ -127,5 +128,6 @@ def test_the_service_is_one_that_serve_would_deploy() -> None:
     assert application.import_path == "tide_ray.serve:build_openai_app"
     ports = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
     assert {"containerPort": schema.http_options.port, "name": "serve"} in ports
+    LLMServingArgs.build(application.args)
     gpus = application.args["llm_configs"][0]["deployment_config"]["ray_actor_options"]["num_gpus"]
     assert gpus == 1, "what a worker pod has"
