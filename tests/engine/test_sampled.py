@@ -97,6 +97,14 @@ def test_requests_without_a_seed_differ_and_repeat_with_the_engines_seed(make_en
     assert not set(runs[0]) & set(runs[2])
 
 
+def test_no_two_completions_without_a_seed_are_drawn_alike(make_engine: MakeEngine) -> None:
+    """A request's second completion had the seed of the next request's first, so both were the same answer."""
+    params = SamplingParams(max_tokens=10, ignore_eos=True, n=3)
+    outputs = make_engine().generate([[5, 6, 7]] * 4, params)
+    answers = [tuple(completion.token_ids) for output in outputs for completion in output.outputs]
+    assert len(set(answers)) == len(answers) == 12
+
+
 def test_a_seed_changes_nothing_at_temperature_zero(engine: TideEngine, reference: PreTrainedModel) -> None:
     params = [SamplingParams(temperature=0, seed=seed, max_tokens=8, ignore_eos=True) for seed in (1, 2)]
     outputs = engine.generate([[5, 6, 7]] * 2, params)

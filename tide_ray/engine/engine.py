@@ -112,6 +112,7 @@ class TideEngine:
         self._finished: dict[str, RequestOutput] = {}  # not yet returned
         self._claimed: set[str] = set()  # requests of a running generate or stream, which step must not return
         self._numbers = itertools.count()
+        self._num_seeds = 0  # given to requests that bring none
 
     @classmethod
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> TideEngine:
@@ -353,7 +354,7 @@ class TideEngine:
         arrival = now_us()
         eos = () if params.ignore_eos else self.model.eos_token_ids
         rules = exit_rules(self.config, self.routers, params)
-        seed = params.seed if params.seed is not None else self._next_seed()
+        seed = params.seed if params.seed is not None else self._next_seeds(params.n)
         sequences = [
             Sequence(
                 request_id=request_id,
@@ -371,9 +372,12 @@ class TideEngine:
         ]
         return Request(request_id, text, prompt_ids, params, arrival, sequences)
 
-    def _next_seed(self) -> int:
-        """A seed for a request that brings none: differs between requests, repeats with the engine's own seed."""
-        return (self.config.seed << 32) + next(self._numbers)
+    def _next_seeds(self, count: int) -> int:
+        """The first of ``count`` seeds in a row for a request that brings none: no other request gets any of them, and
+        they repeat with the engine's own seed."""
+        first = (self.config.seed << 32) + self._num_seeds
+        self._num_seeds += count
+        return first
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
