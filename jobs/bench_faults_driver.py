@@ -18,7 +18,7 @@ import torch
 import typer
 from bench_fault_runs import HANG, MOST_RESIDENTS, POISON
 
-from tide_ray.cli_errors import errors_as_exit_codes
+from tide_ray.cli.errors import errors_as_exit_codes
 from tide_ray.config import EngineConfig
 from tide_ray.data.actor import Generator
 from tide_ray.data.job import run_generate

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tide_ray.cli_errors import EXIT_FAILED, errors_as_exit_codes
+from tide_ray.cli.errors import EXIT_FAILED, errors_as_exit_codes
 
 app = typer.Typer()
 
