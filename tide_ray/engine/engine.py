@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from tide_kernels import gpu
 from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
+from tide_ray.engine.admission import RequestMaker, as_list, params_for_each
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.deltas import Deltas
-from tide_ray.engine.exit_setup import certificate_of, describe_exits, exit_rules, install_exits, load_routers
+from tide_ray.engine.exit_setup import certificate_of, describe_exits, install_exits, load_routers
 from tide_ray.engine.launch import Launch
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.prefix_cache import PrefixCache
 from tide_ray.engine.preparation import memory_and_graphs, position_limit, prepared, runs_ahead
-from tide_ray.engine.requests import PromptEncoder, Request, make_detokenizer, rejected, to_output
+from tide_ray.engine.requests import PromptEncoder, Request, rejected, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
 from tide_ray.engine.selfcheck import selfcheck
@@ -111,8 +112,15 @@ class TideEngine:
         self._deltas: dict[str, Deltas] = {}  # of the unfinished requests that are handed out piece by piece
         self._finished: dict[str, RequestOutput] = {}  # not yet returned
         self._claimed: set[str] = set()  # requests of a running generate or stream, which step must not return
+        self._maker = RequestMaker(
+            model,
+            config,
+            routers,
+            max_model_len=plan.max_model_len,
+            num_kv_tokens=plan.num_pages * config.page_size,
+            vocab_size=adapter.config.vocab_size,
+        )
         self._numbers = itertools.count()
-        self._num_seeds = 0  # given to requests that bring none
 
     @classmethod
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> TideEngine:
@@ -159,8 +167,8 @@ class TideEngine:
         Raises:
             UserError: ``sampling_params`` are not that, or not as many as the prompts.
         """
-        many = _as_list(prompts)
-        each = _params_for_each(sampling_params, len(many))
+        many = as_list(prompts)
+        each = params_for_each(sampling_params, len(many))
         ids = [f"generate-{next(self._numbers)}" for _ in many]
         try:
             for request_id, prompt, one in zip(ids, many, each, strict=True):
@@ -223,9 +231,8 @@ class TideEngine:
         prompt_ids: list[int] = []
         try:
             text, prompt_ids = self.encoder.encode(prompt)
-            self._check_length(prompt_ids)
             streaming = streaming or delta_interval_us is not None
-            request = self._make_request(request_id, text, prompt_ids, params, streaming)
+            request = self._maker.make(request_id, text, prompt_ids, params, streaming=streaming)
         except UserError as error:
             self.stats.num_rejected_requests += 1
             self._finished[request_id] = rejected(request_id, text, prompt_ids, str(error))
@@ -333,68 +340,3 @@ class TideEngine:
     def describe_exits(self) -> dict[str, Any] | None:
         """The checkpoint, the settings of exits and the launch plan as it is now; None without exits."""
         return describe_exits(self.config, self.routers, self.runner)
-
-    # ---- making requests ----
-
-    def _check_length(self, prompt_ids: list[int]) -> None:
-        if not prompt_ids:
-            raise UserError("prompt must have at least one token, got 0")
-        longest = min(self.max_model_len, self.num_kv_pages * self.config.page_size) - 1
-        if len(prompt_ids) > longest:
-            raise UserError(
-                f"prompt must have at most {longest} tokens (max_model_len {self.max_model_len}), got {len(prompt_ids)}"
-            )
-
-    def _make_request(
-        self, request_id: str, text: str | None, prompt_ids: list[int], params: SamplingParams, streaming: bool
-    ) -> Request:
-        for token_id in params.stop_token_ids:
-            if not 0 <= token_id < self.encoder.vocab_size:
-                raise UserError(f"stop_token_ids must be from 0 to {self.encoder.vocab_size - 1}, got {token_id}")
-        arrival = now_us()
-        eos = () if params.ignore_eos else self.model.eos_token_ids
-        rules = exit_rules(self.config, self.routers, params)
-        seed = params.seed if params.seed is not None else self._next_seeds(params.n)
-        sequences = [
-            Sequence(
-                request_id=request_id,
-                index=index,
-                prompt_ids=prompt_ids,
-                params=params,
-                seed=seed + index,
-                stop_ids=frozenset((*eos, *params.stop_token_ids)),
-                max_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
-                arrival_us=arrival,
-                exit_rules=rules,
-                detokenizer=make_detokenizer(self.tokenizer, params, streaming=streaming),
-            )
-            for index in range(params.n)
-        ]
-        return Request(request_id, text, prompt_ids, params, arrival, sequences)
-
-    def _next_seeds(self, count: int) -> int:
-        """The first of ``count`` seeds in a row for a request that brings none: no other request gets any of them, and
-        they repeat with the engine's own seed."""
-        first = (self.config.seed << 32) + self._num_seeds
-        self._num_seeds += count
-        return first
-
-
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """One prompt or many: a string, a list of ids and a list of chat messages are each one prompt."""
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        return [cast(Prompt, prompts)]
-    items = list(prompts)
-    if items and all(isinstance(item, (int, Mapping)) for item in items):
-        return [cast(Prompt, items)]
-    return cast(list[Prompt], items)
-
-
-def _params_for_each(given: SamplingParams | Seq[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * num_prompts
-    if not isinstance(given, Seq) or not all(isinstance(one, SamplingParams) for one in given):
-        raise UserError(f"sampling_params must be SamplingParams or a list of them, got {type(given).__name__}")
-    if len(given) != num_prompts:
-        raise UserError(f"sampling_params must be one or one for each of {num_prompts} prompts, got {len(given)}")
-    return list(given)
