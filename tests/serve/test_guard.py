@@ -47,6 +47,13 @@ def test_everything_but_page_and_health_needs_a_key(live: Running, path: str, va
     assert KEY not in response.text
 
 
+def test_no_request_may_outlive_its_client(http: httpx.Client) -> None:
+    """Ray Serve has a header for that, with which a client could hold a place in the engine and leave."""
+    response = http.post(COMPLETIONS, json=BODY, headers={"x-request-disconnect-disabled": "?1"})
+    assert response.status_code == 400
+    assert "x-request-disconnect-disabled" in str(error_of(response)["message"])
+
+
 @pytest.mark.parametrize("path", ["/", "/health", "/openapi.json"])
 def test_page_health_and_schema_need_none(live: Running, path: str) -> None:
     response = httpx.get(live.url + path)

@@ -35,6 +35,8 @@ ANONYMOUS = "anonymous"
 THROW_AWAY_BYTES = 2**26
 THROW_AWAY_SECONDS = 5.0
 """How much of a refused body is read, and for how long."""
+_KEEPS_PLACE_HEADER = b"x-request-disconnect-disabled"
+"""Tells Ray Serve to let a request go on when its client has left, which would keep its place in the engine."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -102,6 +104,10 @@ class Guard:
         path, method = scope["path"], scope["method"]
         if self._config.loopback_only and not _is_loopback(headers.get(b"host", b"")):
             return Failure(403, "this server answers to its own machine only", "forbidden_host")
+        if _KEEPS_PLACE_HEADER in headers:
+            return invalid(
+                f"the header {_KEEPS_PLACE_HEADER.decode()} is not taken: a client that leaves is not waited for"
+            )
         if self.is_draining and path != "/metrics":
             return DRAINING
         owner = ANONYMOUS
