@@ -44,7 +44,7 @@ class RayNodes:
 
     def __init__(self, for_nodes: Mapping[str, str] | None = None, **environment: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tide", dir="/tmp"))  # sockets lie in it, and need short paths
-        self.port = free_port()
+        self.port, self.dashboard_port = free_port(), free_port()
         self.environment = {name: value for name, value in os.environ.items() if name not in OF_OTHERS} | {
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
@@ -61,22 +61,23 @@ class RayNodes:
     def start(self, command: str) -> None:
         """Run ``ray start ...`` in the foreground, and wait until the head can be reached."""
         is_head = "--head" in command
-        own = f" --temp-dir={self.folder}/ray --dashboard-port={free_port()}" if is_head else ""
-        command += f"{own} --block --node-ip-address=127.0.0.1 --object-store-memory=100000000"
+        own = f" --temp-dir={self.folder}/ray --dashboard-port={self.dashboard_port}" if is_head else ""
+        command += f"{own} --dashboard-agent-listen-port={free_port()}"
+        command += " --block --node-ip-address=127.0.0.1 --object-store-memory=100000000"
         log = self.folder / f"node-{len(self._processes)}.log"
         with log.open("wb") as file:
             environment = {**self.environment, **self._for_nodes}
             self._processes.append(
                 subprocess.Popen(shlex.split(command), env=environment, stdout=file, stderr=subprocess.STDOUT)
             )
-        deadline = time.monotonic() + 60
-        while is_head:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.5)
+        if is_head:
+            self._wait_for(self.port)
+
+    def start_for_jobs(self, command: str) -> str:
+        """Like ``start`` for a head, and wait for its dashboard. Returns the address that ``ray job`` takes."""
+        self.start(command)
+        self._wait_for(self.dashboard_port)
+        return f"http://127.0.0.1:{self.dashboard_port}"
 
     def run(self, command: Sequence[object], **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a Python command line, without ``python``."""
@@ -93,13 +94,24 @@ class RayNodes:
             process.send_signal(signal.SIGTERM)
         for process in self._processes:
             try:
-                process.wait(timeout=40)
+                process.wait(timeout=5)  # of the 30 s that Ray takes to drain a node; nothing is left to lose
             except subprocess.TimeoutExpired:
                 process.kill()
         for left in mine:
             if left.is_running():
                 left.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_for(self, port: int) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return
+            except OSError:
+                logs = [log.read_text() for log in self.folder.glob("node-*.log")]
+                assert time.monotonic() < deadline, f"nobody listens on {port}: {logs}"
+                time.sleep(0.5)
 
     def _is_mine(self, process: psutil.Process) -> bool:
         return any(str(self.folder) in part for part in process.info["cmdline"] or ())

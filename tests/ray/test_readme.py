@@ -41,7 +41,13 @@ def test_every_flag_that_the_readme_names_exists(monkeypatch: pytest.MonkeyPatch
     benchmark_options = {parameter.name for command in commands for parameter in command.params}
     flags = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
     others = {"help", "config", "file"}  # no settings
-    others |= {"working-dir", "generate", "metrics-export-port", "from-literal"}  # of ray and of kubectl
+    others |= {
+        "working-dir",
+        "generate",
+        "metrics-export-port",
+        "from-literal",
+        "submission-id",
+    }  # of ray and of kubectl
     settings = (GenerateJobConfig, CalibrationConfig, CertificationConfig, EvaluationConfig)
     settings += (SweepConfig, Resources, ServeSettings)
     fields = {*benchmark_options, *(name for config in settings for name in config.model_fields)}
