@@ -57,6 +57,6 @@ def finished_job(output: Path, prompts: Path) -> JobFolder:
     folder.write_bad_rows(folder.committed(), facts)
     for name, part in (("a", ids[:3]), ("b", ids[3:5])):
         write_part(folder.scratch, folder.path / "data" / f"part-{name}.parquet", [result_rows(part)], facts)
-    folder.finish({}, folder.check_complete(snapshot))
+    folder.finish({}, folder.check_complete(snapshot, folder.committed()))
     folder.clear_uncommitted()
     return folder

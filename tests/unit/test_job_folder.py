@@ -43,7 +43,7 @@ def test_a_finished_job_says_so(tmp_path: Path, prompts: Path) -> None:
     ids = all_ids(folder)
     folder.write_bad_rows(folder.committed(), {})
     write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:5])], {})
-    counts = folder.check_complete(snapshot)
+    counts = folder.check_complete(snapshot, folder.committed())
     assert counts == {"rows": 5, "errors": 1, "tokens": 10, "mean_depth": 2.0}
     assert folder.finished() is None
     folder.finish({"device": "cpu"}, counts)
@@ -57,10 +57,10 @@ def test_missing_and_double_rows_are_noticed(tmp_path: Path, prompts: Path) -> N
     ids = all_ids(folder)
     write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:4])], {})
     with pytest.raises(JobError, match="holds 4 rows with 4 ids of 6 prompts"):
-        folder.check_complete(snapshot)
+        folder.check_complete(snapshot, folder.committed())
     write_part(folder.scratch, folder.path / "data" / "part-y.parquet", [result_rows([ids[0], ids[4]])], {})
     with pytest.raises(JobError, match="holds 6 rows with 5 ids of 6 prompts"):
-        folder.check_complete(snapshot)
+        folder.check_complete(snapshot, folder.committed())
 
 
 def test_a_different_job_is_refused_with_both_values(tmp_path: Path, prompts: Path) -> None:
@@ -120,7 +120,7 @@ def test_rejected_rows_can_be_done_again_and_count_their_attempts(tmp_path: Path
     write_part(folder.scratch, folder.path / "data" / "part-x.parquet", [result_rows(ids[:4])], {})
     rejected = make_error_table(*(pa.chunked_array([[text]]) for text in (ids[4], "no memory", "4")))
     write_part(folder.scratch, folder.path / "errors" / "part-x.parquet", [rejected], {})
-    folder.finish({}, folder.check_complete(snapshot))
+    folder.finish({}, folder.check_complete(snapshot, folder.committed()))
     folder.clear_uncommitted()
 
     for past in (1, 2):

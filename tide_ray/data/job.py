@@ -140,7 +140,7 @@ def _run_owned(
         console.print(f"{folder.path} is finished: {counts['rows']} rows, {counts['errors']} errors; nothing to do")
         return EXIT_ROW_ERRORS if counts["errors"] else EXIT_OK
     committed = folder.committed()
-    num_before = len(committed.ids)
+    num_before = committed.num_ids
     if num_before:
         console.print(f"resuming: {num_before} of {snapshot.num_rows} rows are already in {folder.path}")
     folder.write_bad_rows(committed, fields)
@@ -149,8 +149,8 @@ def _run_owned(
     todo, num_left = folder.write_todo(committed)
     facts: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "rows_before": num_before}
     log = JobLog(logger, job_id(fields))
+    generation = Generation(config, folder, fields, console, log, generator)
     if num_left:
-        generation = Generation(config, folder, fields, console, log, generator)
         spare_errors = None if most_errors is None else most_errors - len(committed.errors)
         try:
             facts |= generation.run(todo, num_left, num_rows=snapshot.num_rows, spare_errors=spare_errors)
@@ -159,11 +159,11 @@ def _run_owned(
                 raise
             if not generation.is_draining:
                 return _stopped(folder, snapshot.num_rows, console, log, EXIT_INTERRUPTED)
-        committed = folder.committed()
-        _check_errors(folder, len(committed.errors), most_errors)
-        if generation.is_draining and len(committed.ids) < snapshot.num_rows:
-            return _stopped(folder, snapshot.num_rows, console, log, EXIT_TERMINATED)
-    counts = folder.check_complete(snapshot)
+    committed = folder.committed()
+    _check_errors(folder, len(committed.errors), most_errors)
+    if generation.is_draining and committed.num_ids < snapshot.num_rows:
+        return _stopped(folder, snapshot.num_rows, console, log, EXIT_TERMINATED)
+    counts = folder.check_complete(snapshot, committed)
     run = {
         "job": job_id(fields),
         **fields,
@@ -187,7 +187,7 @@ def _check_errors(folder: JobFolder, num_errors: int, most_errors: int | None) -
 
 
 def _stopped(folder: JobFolder, num_rows: int, console: Console, log: JobLog, code: int) -> int:
-    num_done = len(folder.committed().ids)
+    num_done = folder.committed().num_ids
     log.warning("job stopped", rows=num_done, total_rows=num_rows)
     done = f"{num_done} of {num_rows} rows"
     console.print(f"stopped: {done} are in {folder.path}; the same command goes on from there")

@@ -55,6 +55,10 @@ class Committed:
     def ids(self) -> set[str]:
         return self.data | self.errors
 
+    @property
+    def num_ids(self) -> int:
+        return len(self.data) + len(self.errors - self.data)
+
 
 class JobFolder:
     """One attempt at the job in ``path``. Its owner holds the lock; see ``tide_ray.data.lock``."""
@@ -189,13 +193,15 @@ class JobFolder:
         path = self.path / SUCCESS_FILE
         return self._read_json(path) if path.exists() else None
 
-    def check_complete(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Rows, errors, tokens and mean depth of a job that is done. Raises JobError if it is not."""
-        committed = self.committed()
-        num_ids = len(committed.ids)
-        if not num_ids == committed.num_rows == snapshot.num_rows:
+    def check_complete(self, snapshot: Snapshot, committed: Committed) -> dict[str, Any]:
+        """Rows, errors, tokens and mean depth of a job that is done. Raises JobError if it is not.
+
+        Args:
+            committed: what there is now; the caller has it, and two copies of all ids are the most that a job holds.
+        """
+        if not committed.num_ids == committed.num_rows == snapshot.num_rows:
             raise JobError(
-                f"output: {str(self.path)!r} holds {committed.num_rows} rows with {num_ids} ids of "
+                f"output: {str(self.path)!r} holds {committed.num_rows} rows with {committed.num_ids} ids of "
                 f"{snapshot.num_rows} prompts"
             )
         tokens, depths = self._tokens_and_depths()

@@ -26,7 +26,7 @@ def job_status(output: str | Path) -> dict[str, Any]:
         "rows": num_rows,
         "results": len(committed.data),
         "errors": len(committed.errors),
-        "left": num_rows - len(committed.ids),
+        "left": num_rows - committed.num_ids,
     }
     if counts is not None or owner is None:
         return status
