@@ -5,9 +5,10 @@ batches on the same prompts, says where the engine's time goes, and what the Ray
 compares it with everything else that answers prompts here, and with what the machine allows. ``depth`` measures
 forced exits, ``exits`` the speed of a router checkpoint, ``verified`` that of its drafts, ``quality`` what its exits
 cost in agreement, ``prefix`` what prompts that begin alike save, ``serving`` the server under load,
-``faults`` what killed processes cost a job; ``kernels`` measures the GPU kernels, and ``kernel-resources`` compiles
-them for every architecture without a GPU. Prefix caching is off but in ``prefix``, ``serving`` and ``faults``: rounds
-repeat their prompts, and all compute them.
+``faults`` what killed processes cost a job, ``scale`` what a second actor brings and what a row costs the driver's
+memory; ``kernels`` measures the GPU kernels, and ``kernel-resources`` compiles them for every architecture without a
+GPU. Prefix caching is off but in ``prefix``, ``serving``, ``faults`` and the memory of ``scale``: rounds repeat their
+prompts, and all compute them.
 """
 
 from __future__ import annotations
@@ -424,6 +425,44 @@ def faults(
     finish("faults", machine, measured, print_faults_report, output)
     if any("failed" in row for row in measured["scenarios"]):
         raise typer.Exit(1)
+
+
+@app.command()
+def scale(
+    prompts: Prompts = None,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    max_tokens: AnswerTokens = 64,
+    actor_rows: Annotated[int, typer.Option(help="rows of each job of one and of two actors")] = 512,
+    max_num_seqs: Annotated[int, typer.Option(help="resident sequences of an actor")] = 32,
+    rounds: Annotated[int, typer.Option(help="times that one and two actors run; 0: leave them out", min=0)] = 3,
+    memory_rows: Annotated[
+        str, typer.Option(help="rows of the jobs whose driver is weighed, ascending, or nothing")
+    ] = "10000,100000",
+    output: Output = None,
+) -> None:
+    """Two actors against one, and the driver's peak memory against the number of rows."""
+    with user_errors():
+        from tide_ray.types import UserError
+
+        row_counts = parse_numbers("memory_rows", memory_rows) if memory_rows else []
+        if row_counts != sorted(set(row_counts)):
+            raise UserError(f"memory_rows must be ascending, got {memory_rows!r}")
+
+        from bench_machine import machine_facts
+        from bench_scale import print_scale_report, run_scale
+        from bench_workload import Workload
+
+        parse_positive("max_tokens", max_tokens)
+        machine = machine_facts(1)
+        measured = run_scale(
+            Workload.read(prompts or [], model=model, dtype=dtype, max_tokens=max_tokens) if rounds else None,
+            actor_rows=parse_positive("actor_rows", actor_rows),
+            max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
+            rounds=rounds,
+            memory_rows=row_counts,
+        )
+    finish("scale", machine, measured, print_scale_report, output)
 
 
 @app.command()
