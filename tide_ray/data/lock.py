@@ -8,9 +8,9 @@ next beat and stops; whatever its writers still hold back can no longer be commi
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -72,8 +72,9 @@ class Lease:
                 # A file server that does not answer: others may take the folder once the lease is over.
                 self._is_lost = time.monotonic() - last_beat > LEASE_SECONDS
             if self._is_lost:
-                # The job's main thread waits for Ray; what it commits from here on would be refused anyway.
-                _thread.interrupt_main()
+                # The job's main thread waits for Ray; what it commits from here on would be refused anyway. A signal
+                # wakes it from what it waits in, where ``_thread.interrupt_main`` only has effect afterwards.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
 
 
