@@ -60,11 +60,10 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
         between = partial(_run, runner, longest, one_row, states[:1])
         for number in range(len(exits.boundaries)):
             part = partial(_part, runner, trial, number, states, flow)
-            leave_alone = partial(_exit, exits, number, states[:1], one_row)
             leave = partial(_exit, exits, number, states, flow)
-            _, parted, _, left_alone, _, left = _medians(runner, [between, part, between, leave_alone, between, leave])
-            gates[number].append(max(parted - left_alone, 0.0))
+            _, parted, _, left = _medians(runner, [between, part, between, leave])
             leaving[number].append(left)
+            gates[number].append(max(parted - leaving[number][0], 0.0))  # one row left: the first size is 1
         head.append(_medians(runner, [between, partial(_head, runner, states)])[1])
     return EngineCosts(
         stages=tuple(CostCurve(sizes, tuple(seconds)) for seconds in stages),
