@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tide_ray.calibrate.certify_pvalues import KINDS
-from tide_ray.data.job_config import first_problem
+from tide_ray.data.job_config import validated
 from tide_ray.exits.certificates import LOSSES
 from tide_ray.types import UserError
 
@@ -21,10 +21,7 @@ class Settings(BaseModel):
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
         """Validate user-given values. Raises UserError for an unknown name or a bad value."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise UserError(first_problem(error, cls)) from None
+        return validated(cls, values)
 
 
 class CalibrationConfig(Settings):

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tide_ray.calibrate.config import CalibrationConfig
-from tide_ray.data.job_config import first_problem
+from tide_ray.data.job_config import first_problem, validated
 from tide_ray.types import UserError
 
 MAX_WORKERS = 8
@@ -91,10 +91,7 @@ class SweepConfig(BaseModel):
             _model(f"models[{number}]", name, entry, f"{output}/{name}")
             for number, (name, entry) in enumerate(zip(names, merged, strict=True))
         ]
-        try:
-            sweep = cls.model_validate({**own, "models": models})
-        except ValidationError as error:
-            raise UserError(first_problem(error, cls)) from None
+        sweep = validated(cls, {**own, "models": models})
         if "://" in sweep.output:
             raise UserError(f"output must be a folder that every node can see, got {sweep.output!r}")
         return sweep

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,8 @@ ENGINE_FIELDS = (
     "exits_when", "confidence_measure", "capacity", "kv_policy", "prefill_share", "prefill_tail", "exit_layer",
     "skip_layers", "static_cost", "compile", "cuda_graphs", "async_scheduling", "num_threads", "prefix_caching",
 )  # fmt: skip
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class GenerateJobConfig(BaseModel):
@@ -144,10 +146,7 @@ class GenerateJobConfig(BaseModel):
         Raises:
             UserError: an unknown name, a wrong type or a value outside its range.
         """
-        try:
-            config = cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise UserError(first_problem(error, cls)) from None
+        config = validated(cls, values)
         config.sampling_params()
         config.engine_config()
         if config.raw and config.system_prompt is not None:
@@ -205,6 +204,18 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"config: {path!r} must hold a mapping of field names to values")
     return values
+
+
+def validated(model: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """``model`` with these values.
+
+    Raises:
+        UserError: an unknown name, a wrong type or a value outside its range.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(first_problem(error, model)) from None
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from tide_ray.data.job_config import first_problem, read_yaml_mapping
+from tide_ray.data.job_config import read_yaml_mapping, validated
 from tide_ray.serve.config import LLMServingArgs, ServerConfig
 from tide_ray.serve.keys import read_keys
 from tide_ray.types import UserError
@@ -86,10 +86,7 @@ class ServeSettings(BaseModel):
         Raises:
             UserError: an unknown name, a wrong type or a value outside its range.
         """
-        try:
-            settings = cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise UserError(first_problem(error, cls)) from None
+        settings = validated(cls, values)
         if (settings.ssl_keyfile is None) != (settings.ssl_certfile is None):
             raise UserError("ssl_keyfile and ssl_certfile go together, got one of them")
         for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
