@@ -124,3 +124,21 @@ def assert_idle(engine: TideEngine) -> None:
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     """The first answer to each prompt."""
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def greedy_params(**params: object) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 40, **params})
+
+
+ENDINGS = {
+    "eos": ("A", greedy_params()),
+    "length": ("a", greedy_params(max_tokens=7)),
+    "several bytes": ("z", greedy_params(max_tokens=20)),
+    "cut inside a character": ("z", greedy_params(max_tokens=5)),
+    "stop string": ("a", greedy_params(stop=["mno", "jkl"])),
+    "stop string of several bytes": ("z", greedy_params(stop="€😀A")),
+    "stop string that does not come": ("A", greedy_params(stop="OP!")),
+    "stop id": ("a", greedy_params(stop_token_ids=[80])),
+    "min_tokens": ("a", greedy_params(stop="c", min_tokens=4)),
+}
+"""Prompts of ``cycle_model``'s engine and parameters, by what ends the answer or makes its text hard to cut."""

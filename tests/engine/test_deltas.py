@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from references import assert_idle
+from references import ENDINGS, assert_idle, greedy_params
 from tide_ray import CompletionOutput, RequestOutput, SamplingParams, TideEngine
-
-
-def greedy(**params: object) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 40, **params})
 
 
 def run(engine: TideEngine, prompt: str, params: SamplingParams, interval_us: int = 0) -> list[RequestOutput]:
@@ -35,16 +31,8 @@ def joined(outputs: list[RequestOutput], index: int = 0) -> CompletionOutput:
 
 
 CASES = {
-    "eos": ("A", greedy()),
-    "length": ("a", greedy(max_tokens=7)),
-    "several bytes": ("z", greedy(max_tokens=20)),
-    "cut inside a character": ("z", greedy(max_tokens=5)),
-    "stop string": ("a", greedy(stop=["mno", "jkl"])),
-    "stop string of several bytes": ("z", greedy(stop="€😀A")),
-    "stop string that does not come": ("A", greedy(stop="OP!")),
-    "stop id": ("a", greedy(stop_token_ids=[80])),
-    "min_tokens": ("a", greedy(stop="c", min_tokens=4)),
-    "logprobs": ("a", greedy(logprobs=2)),
+    **ENDINGS,
+    "logprobs": ("a", greedy_params(logprobs=2)),
     "several completions": ("a", SamplingParams(temperature=1.5, seed=3, max_tokens=12, n=3)),
 }
 
@@ -71,30 +59,33 @@ def test_deltas_add_up_to_the_whole_output(
 
 def test_tokens_are_gathered_between_the_first_and_the_end(cycle_engine: TideEngine) -> None:
     sizes = [
-        [len(output.outputs[0].token_ids) for output in run(cycle_engine, "a", greedy(max_tokens=9), interval_us)]
+        [
+            len(output.outputs[0].token_ids)
+            for output in run(cycle_engine, "a", greedy_params(max_tokens=9), interval_us)
+        ]
         for interval_us in (0, 10_000_000)
     ]
     assert sizes == [[1] * 9, [1, 8]]
 
 
 def test_each_token_brings_its_own_text(cycle_engine: TideEngine) -> None:
-    found = joined(run(cycle_engine, "y", greedy(max_tokens=14)))
+    found = joined(run(cycle_engine, "y", greedy_params(max_tokens=14)))
     assert found.text == "z é日€😀"
     # A token is a byte here; a character comes with its last one.
     assert found.token_texts == ["z", " ", "", "é", "", "", "日", "", "", "€", "", "", "", "😀"]
 
 
 def test_a_held_back_text_comes_with_a_later_token(cycle_engine: TideEngine) -> None:
-    outputs = run(cycle_engine, "a", greedy(stop="def!", max_tokens=8))
+    outputs = run(cycle_engine, "a", greedy_params(stop="def!", max_tokens=8))
     assert [output.outputs[0].text for output in outputs] == ["b", "c", "", "", "", "defg", "h", "i"]
     assert outputs[5].outputs[0].token_texts == ["defg"]
 
 
 def test_deltas_whole_requests_and_streams_share_an_engine(cycle_engine: TideEngine) -> None:
-    cycle_engine.add_request("whole", "a", greedy(max_tokens=5))
-    cycle_engine.add_request("delta", "a", greedy(max_tokens=5), delta_interval_us=0)
-    cycle_engine.add_request("left", "a", greedy(max_tokens=5), delta_interval_us=0)
-    assert len(list(cycle_engine.stream("a", greedy(max_tokens=2)))) == 2
+    cycle_engine.add_request("whole", "a", greedy_params(max_tokens=5))
+    cycle_engine.add_request("delta", "a", greedy_params(max_tokens=5), delta_interval_us=0)
+    cycle_engine.add_request("left", "a", greedy_params(max_tokens=5), delta_interval_us=0)
+    assert len(list(cycle_engine.stream("a", greedy_params(max_tokens=2)))) == 2
     cycle_engine.abort("left")
     outputs = []
     while cycle_engine.has_unfinished_requests():
@@ -105,6 +96,6 @@ def test_deltas_whole_requests_and_streams_share_an_engine(cycle_engine: TideEng
 
 
 def test_a_rejected_request_is_told_at_once(cycle_engine: TideEngine) -> None:
-    [output] = run(cycle_engine, "", greedy())
+    [output] = run(cycle_engine, "", greedy_params())
     assert output.finished
     assert "at least one token" in output.error

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from references import CYCLE, assert_idle
+from references import CYCLE, ENDINGS, assert_idle, greedy_params
 from tide_ray import RequestOutput, SamplingParams, TideEngine
-
-
-def greedy(**params: object) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 40, **params})
 
 
 def texts(outputs: list[RequestOutput]) -> list[str]:
@@ -17,15 +13,7 @@ def texts(outputs: list[RequestOutput]) -> list[str]:
 
 
 CASES = {
-    "eos": ("A", greedy()),
-    "length": ("a", greedy(max_tokens=7)),
-    "several bytes": ("z", greedy(max_tokens=20)),
-    "cut inside a character": ("z", greedy(max_tokens=5)),
-    "stop string": ("a", greedy(stop=["mno", "jkl"])),
-    "stop string of several bytes": ("z", greedy(stop="€😀A")),
-    "stop string that does not come": ("A", greedy(stop="OP!")),
-    "stop id": ("a", greedy(stop_token_ids=[80])),
-    "min_tokens": ("a", greedy(stop="c", min_tokens=4)),
+    **ENDINGS,
     "sampled": ("a", SamplingParams(temperature=1.5, seed=3, max_tokens=12)),
 }
 
@@ -50,21 +38,21 @@ def test_a_stream_grows_and_ends_as_generate(cycle_engine: TideEngine, prompt: s
 
 
 def test_text_arrives_with_its_token(cycle_engine: TideEngine) -> None:
-    assert texts(list(cycle_engine.stream("a", greedy(max_tokens=4)))) == ["b", "bc", "bcd", "bcde"]
+    assert texts(list(cycle_engine.stream("a", greedy_params(max_tokens=4)))) == ["b", "bc", "bcd", "bcde"]
 
 
 def test_a_partial_stop_string_is_never_shown(cycle_engine: TideEngine) -> None:
-    shown = texts(list(cycle_engine.stream("a", greedy(stop="efgh"))))
+    shown = texts(list(cycle_engine.stream("a", greedy_params(stop="efgh"))))
     assert shown == ["b", "bc", "bcd", "bcd", "bcd", "bcd", "bcd"]
 
 
 def test_what_was_held_back_for_a_stop_string_follows_when_it_does_not_come(cycle_engine: TideEngine) -> None:
-    shown = texts(list(cycle_engine.stream("a", greedy(stop="cdX", max_tokens=5))))
+    shown = texts(list(cycle_engine.stream("a", greedy_params(stop="cdX", max_tokens=5))))
     assert shown == ["b", "b", "b", "bcde", "bcdef"]
 
 
 def test_characters_of_several_tokens_appear_whole(cycle_engine: TideEngine) -> None:
-    shown = texts(list(cycle_engine.stream("z", greedy(max_tokens=14))))
+    shown = texts(list(cycle_engine.stream("z", greedy_params(max_tokens=14))))
     assert not any("\ufffd" in text for text in shown)
     assert list(dict.fromkeys(shown)) == [" ", " é", " é日", " é日€", " é日€😀", " é日€😀A"]
 
@@ -77,13 +65,13 @@ def test_several_completions_stream_together(cycle_engine: TideEngine) -> None:
 
 
 def test_nothing_happens_before_the_first_output_is_asked_for(cycle_engine: TideEngine) -> None:
-    stream = cycle_engine.stream("a", greedy())
+    stream = cycle_engine.stream("a", greedy_params())
     assert_idle(cycle_engine)
     stream.close()
 
 
 def test_an_abandoned_stream_frees_its_pages(cycle_engine: TideEngine) -> None:
-    stream = cycle_engine.stream("a", greedy())
+    stream = cycle_engine.stream("a", greedy_params())
     for _ in range(3):
         next(stream)
     assert cycle_engine.scheduler.pool.num_free < cycle_engine.num_kv_pages
@@ -92,7 +80,7 @@ def test_an_abandoned_stream_frees_its_pages(cycle_engine: TideEngine) -> None:
 
 
 def test_a_rejected_prompt_streams_one_output_with_its_error(cycle_engine: TideEngine) -> None:
-    (output,) = cycle_engine.stream("", greedy())
+    (output,) = cycle_engine.stream("", greedy_params())
     assert output.finished
     assert "prompt must have at least one token" in output.error
     assert output.outputs[0].finish_reason == "error"
@@ -101,10 +89,13 @@ def test_a_rejected_prompt_streams_one_output_with_its_error(cycle_engine: TideE
 
 def test_two_streams_and_a_generate_on_one_engine_each_get_their_own(cycle_engine: TideEngine) -> None:
     """They drive one loop: a stream once ended in a KeyError when another call had run its last step."""
-    first, second = cycle_engine.stream("a", greedy(max_tokens=6)), cycle_engine.stream("m", greedy(max_tokens=3))
+    first, second = (
+        cycle_engine.stream("a", greedy_params(max_tokens=6)),
+        cycle_engine.stream("m", greedy_params(max_tokens=3)),
+    )
     shown = [texts([next(first)])[0], texts([next(second)])[0]]
     assert shown == ["b", "n"]
-    assert cycle_engine.generate("A", greedy())[0].outputs[0].text == CYCLE.partition("A")[2]
+    assert cycle_engine.generate("A", greedy_params())[0].outputs[0].text == CYCLE.partition("A")[2]
     assert texts(list(second))[-1] == "nop"
     assert texts(list(first))[-1] == "bcdefg"
     assert_idle(cycle_engine)
