@@ -30,8 +30,6 @@ from tide_ray.models.adapter import KVShape
 PROMPT_TOKENS = 64
 WARM_STEPS = 4
 MIN_TOKENS = 128
-MIN_SECONDS = 4.0
-"""That each contender decodes for at every number of residents."""
 STAGGER = 40
 """Tokens that sequences prefilled first, or exiting often, may be ahead of the others beside twice the mean."""
 
@@ -87,7 +85,7 @@ class Contender:
 
 def run_depth(
     *, model: str, dtype: str, scenarios: Sequence[Scenario], residents: Sequence[int], rounds: int, tokens: int,
-    num_threads: int,
+    min_seconds: float, num_threads: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every scenario; returns the facts that are printed and written."""
     torch.set_num_threads(num_threads)
@@ -113,7 +111,7 @@ def run_depth(
         exiting.runner.exits.policy = ForcedExits([scenario.share])  # costs are those of the policy that will run
         context = PROMPT_TOKENS + tokens
         costs = measure_costs(exiting.runner, exiting.runner.exits, max(residents), context=context)
-        rows = [_measure(full, exiting, costs, scenario, count, rounds, tokens) for count in residents]
+        rows = [_measure(full, exiting, costs, scenario, count, rounds, tokens, min_seconds) for count in residents]
         results.append({"depth": scenario.depth, "share": scenario.share, "rows": rows})
     return {
         "model": model,
@@ -123,6 +121,7 @@ def run_depth(
         "prompt_tokens": PROMPT_TOKENS,
         "tokens_per_resident": tokens,
         "rounds": rounds,
+        "min_seconds": min_seconds,
         "scenarios": results,
     }
 
@@ -143,6 +142,7 @@ def _measure(
     residents: int,
     rounds: int,
     tokens: int,
+    min_seconds: float,
 ) -> dict[str, Any]:
     share = scenario.share
 
@@ -162,7 +162,7 @@ def _measure(
         Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share]))),
     ]
     prompts = random_prompts(residents, full.runner.adapter.config.vocab_size)
-    take_turns(contenders, prompts, tokens, rounds)
+    take_turns(contenders, prompts, tokens, rounds, min_seconds)
     base = contenders[0].rate
     best = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0, min_hold_gain=0.0)
     chosen = best_plan(costs, residents, [share])
@@ -187,8 +187,10 @@ def _measure(
     }
 
 
-def take_turns(contenders: Sequence[Contender], prompts: Sequence[list[int]], tokens: int, rounds: int) -> None:
-    """Decode in turn, there and back, ``rounds`` times, and more often where runs are short.
+def take_turns(
+    contenders: Sequence[Contender], prompts: Sequence[list[int]], tokens: int, rounds: int, min_seconds: float
+) -> None:
+    """Decode in turn, there and back, ``rounds`` times, and on until the first has decoded for ``min_seconds``.
 
     Other tenants of a machine slow down single runs of a third of a second by a tenth and more.
     """
@@ -197,7 +199,7 @@ def take_turns(contenders: Sequence[Contender], prompts: Sequence[list[int]], to
             contender.prepare()
             contender.rates.append(decode_rate(contender.engine, prompts, tokens))
         seconds = sum(len(prompts) * tokens_each(len(prompts), tokens) / rate for rate in contenders[0].rates)
-        if number >= rounds and seconds >= MIN_SECONDS:
+        if number >= rounds and seconds >= min_seconds:
             return
 
 

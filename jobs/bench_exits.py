@@ -46,6 +46,7 @@ def run_exits(
     prefill_shares: Sequence[float],
     residents: Sequence[int],
     rounds: int,
+    min_seconds: float,
     num_threads: int,
     max_num_seqs: int,
 ) -> dict[str, Any]:
@@ -90,7 +91,10 @@ def run_exits(
     for variant, engine in everyone[1:]:
         quality = _quality(loaded, settings, checkpoint, variant, prompts, answers, workload.max_tokens)
         rows.append(_row(variant, base, quality, engine))
-    speeds = [_at_residents(full, engines[: len(errors)], variants, prompts, count, rounds) for count in residents]
+    speeds = [
+        _at_residents(full, engines[: len(errors)], variants, prompts, count, rounds, min_seconds)
+        for count in residents
+    ]
     return {
         "model": workload.model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -101,6 +105,7 @@ def run_exits(
         "mean_prompt_tokens": round(statistics.mean(map(len, prompts)), 1),
         "max_tokens": workload.max_tokens,
         "rounds": rounds,
+        "min_seconds": min_seconds,
         "max_num_seqs": full.max_num_seqs,
         "variants": rows,
         "residents": speeds,
@@ -159,12 +164,13 @@ def _at_residents(
     prompts: list[list[int]],
     residents: int,
     rounds: int,
+    min_seconds: float,
 ) -> dict[str, Any]:
     """Decode rates with exactly this many residents, full depth and the exiting variants in turn."""
     everyone = [Contender("full depth", full)]
     everyone += [Contender(variant.name, engine) for variant, engine in zip(variants, engines, strict=False)]
     shorts = [prompts[n % len(prompts)][:PROMPT_TOKENS] for n in range(residents)]
-    take_turns(everyone, shorts, DECODE_TOKENS, rounds)
+    take_turns(everyone, shorts, DECODE_TOKENS, rounds, min_seconds)
     base = everyone[0].rate
     return {
         "residents": residents,

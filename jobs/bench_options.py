@@ -27,6 +27,7 @@ NumThreads = Annotated[int | None, typer.Option(help="CPU threads; default: all 
 Limit = Annotated[int | None, typer.Option(help="use only this many prompts")]
 Output = Annotated[str | None, typer.Option(help="write the JSON here as well")]
 Rounds = Annotated[int, typer.Option(help="times that every contender runs")]
+MinSeconds = Annotated[float, typer.Option(help="seconds that each contender decodes at least", min=0)]
 EngineSeqs = Annotated[str, typer.Option(help="resident sequences of the engine, separated by commas")]
 HFBatchSizes = Annotated[str, typer.Option(help="static batches of HF generate, separated by commas")]
 HFContinuous = Annotated[bool, typer.Option(help="also run HF generate_batch (slow on a CPU)")]

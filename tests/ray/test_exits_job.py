@@ -166,7 +166,8 @@ def test_a_job_with_a_folder_that_is_no_checkpoint_is_refused_before_ray_starts(
 def test_the_depth_benchmark_measures_every_launch_policy_beside_its_limits(tiny_llama_folder: Path) -> None:
     done = run(
         ROOT / "jobs" / "benchmark.py", "depth", "--model", tiny_llama_folder, "--dtype", "float32", "--rounds", 2,
-        "--scenarios", "2:0.5", "--residents", "1,6", "--tokens", 4, "--num-threads", 1,
+        "--scenarios", "2:0.5", "--residents", "1,6", "--tokens", 4, "--min-seconds", 0,
+        "--num-threads", 1,
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
     (scenario,) = report["scenarios"]
@@ -184,7 +185,7 @@ def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_fo
     done = run(
         ROOT / "jobs" / "benchmark.py", "exits", routers, "--model", tiny_llama_folder, "--dtype", "float32",
         "--errors", "0.05", "--prefill-shares", "0.5", "--residents", "2", "--rounds", 2, "--max-tokens", 8,
-        "--limit", 6, "--num-threads", 1,
+        "--min-seconds", 0, "--limit", 6, "--num-threads", 1,
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
     base, again, exits, prefill = report["variants"]
