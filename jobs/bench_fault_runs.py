@@ -23,7 +23,8 @@ from tide_ray.data.reports import Reports
 from tide_ray.types import JobError
 
 DRIVER = Path(__file__).with_name("bench_faults_driver.py")
-POISON, HANG, MOST_RESIDENTS = "POISON", "HANG", "TIDE_BENCH_MOST_RESIDENTS"  # see there
+POISON, HANG = "POISON", "HANG"  # see there
+MOST_RESIDENTS, STEP_SECONDS = "TIDE_BENCH_MOST_RESIDENTS", "TIDE_BENCH_STEP_SECONDS"
 POLL_SECONDS = 0.02
 MOST_SECONDS = 240.0
 STORE_BYTES = 80 << 20  # of each node's object store; Ray takes no less than 75 MiB

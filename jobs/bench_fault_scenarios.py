@@ -43,11 +43,13 @@ class Bench:
     num_rows: int
     finished_rows: int
     settings: dict[str, Any]
+    environment: dict[str, str]
     jobs: list[Job] = field(default_factory=list)
 
     def job(self, name: str, prompts: list[dict[str, Any]] | None = None, **settings: Any) -> Job:
         rows = prompts or [{"prompt": f"Say something about the number {i}."} for i in range(self.num_rows)]
-        job = Job(self.scratch / name, rows, {**self.settings, "address": self.cluster.address, **settings})
+        settings = {**self.settings, "address": self.cluster.address, **settings}
+        job = Job(self.scratch / name, rows, settings, dict(self.environment))
         self.jobs.append(job)
         return job
 
@@ -228,7 +230,7 @@ def changed_fingerprint(bench: Bench, name: str) -> dict[str, Any]:
 def out_of_memory(bench: Bench, name: str) -> dict[str, Any]:
     """More than two resident sequences ask for more memory than there is; engines start with eight."""
     job = bench.job(name, max_num_seqs=8)
-    job.environment = {MOST_RESIDENTS: "2"}
+    job.environment[MOST_RESIDENTS] = "2"
     code = job.run()
     facts = json.loads((job.out / "run.json").read_text(encoding="utf-8"))
     if facts["engine"]["max_num_seqs"] != 2:

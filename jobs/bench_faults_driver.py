@@ -1,9 +1,9 @@
 """A generation job whose engine can be made to fail by what a prompt says; see ``bench_faults``.
 
 ``python jobs/bench_faults_driver.py JOB.yaml``: the engine is the real one, but a prompt with the word POISON kills the
-process like the kernel's out-of-memory killer, HANG lets no step return, and more residents than an environment
-variable allows ask for more memory than there is. Ray's workers get the class by value, so this file must be the
-program that runs.
+process like the kernel's out-of-memory killer, HANG lets no step return, and by environment variables more residents
+than allowed ask for more memory than there is, and no step takes less time than said. Ray's workers get the class by
+value, so this file must be the program that runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import typer
-from bench_fault_runs import HANG, MOST_RESIDENTS, POISON
+from bench_fault_runs import HANG, MOST_RESIDENTS, POISON, STEP_SECONDS
 
 from tide_ray.cli.errors import errors_as_exit_codes
 from tide_ray.config import EngineConfig
@@ -26,7 +26,9 @@ from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.engine.engine import TideEngine
 from tide_ray.types import Prompt, SamplingParams
 
-most_residents = int(os.environ.get(MOST_RESIDENTS, "1000000"))  # of the driver: workers have their node's variables
+# The driver's variables: workers have their node's.
+most_residents = int(os.environ.get(MOST_RESIDENTS, "1000000"))
+step_seconds = float(os.environ.get(STEP_SECONDS, "0"))
 
 
 class FaultyEngine(TideEngine):
@@ -46,7 +48,10 @@ class FaultyEngine(TideEngine):
             time.sleep(1)
         if len(self.scheduler.residents) > most_residents:
             torch.empty(1 << 46, dtype=torch.uint8)  # fails as a real allocation does
-        return super().step()
+        start = time.monotonic()
+        results = super().step()
+        time.sleep(max(0.0, step_seconds - (time.monotonic() - start)))
+        return results
 
 
 class FaultyGenerator(Generator):
