@@ -1,8 +1,9 @@
 """What exits are worth in time, apart from quality: a seeded random share of tokens is made to exit at a boundary.
 
 For every number of residents R, full depth with the same R and the exiting engine under several launch policies take
-turns. ``ceiling`` is the speed-up if skipping were free; ``bound`` the best launch policy in the cost model at the same
-R when asking, parting rows and filling K/V cost nothing; ``realised`` is measured speed-up over bound.
+turns. ``ceiling`` is the speed-up if skipping were free; ``free_bound`` that of the best launch policy in the cost
+model at the same R if asking, parting rows and filling K/V cost nothing; ``bound`` the same at what they were measured
+to cost. ``realised`` is measured speed-up over bound, ``realised_of_free`` over the free one.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class Contender:
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
+
+    def speedup(self, base: Contender) -> float:
+        """Median ratio to ``base`` in the same round: what slows the machine for a while slows both."""
+        return statistics.median(own / other for own, other in zip(self.rates, base.rates, strict=True))
 
 
 def run_depth(
@@ -163,24 +168,27 @@ def _measure(
     ]
     prompts = random_prompts(residents, full.runner.adapter.config.vocab_size)
     take_turns(contenders, prompts, tokens, rounds, min_seconds)
-    base = contenders[0].rate
-    best = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0, min_hold_gain=0.0)
+    base = contenders[0]
+    best = best_plan(costs, residents, [share], min_gain=0.0, min_hold_gain=0.0)
+    free = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0, min_hold_gain=0.0)
     chosen = best_plan(costs, residents, [share])
     off = expected_rate(costs, residents, [share], [False], [1])
     skipped = costs.stages[1](residents) / (
         costs.stages[0](residents) + costs.stages[1](residents) + costs.head(residents)
     )
-    bound = best.rate / off
-    speedup = contenders[-1].rate / base
+    bound, free_bound = best.rate / off, free.rate / off
+    speedup = contenders[-1].speedup(base)
     return {
         "residents": residents,
         "tokens_per_second": {c.name: round(c.rate, 1) for c in contenders},
         "spread": {c.name: [round(min(c.rates), 1), round(max(c.rates), 1)] for c in contenders},
-        "speedup": {c.name: round(c.rate / base, 3) for c in contenders},
+        "speedup": {c.name: round(c.speedup(base), 3) for c in contenders},
         "ceiling": round(1 / (1 - share * skipped), 3),
+        "free_bound": round(free_bound, 3),
         "bound": round(bound, 3),
         "bound_holds": best.holds[0],
         "realised": round(speedup / bound, 3),
+        "realised_of_free": round(speedup / free_bound, 3),
         "chosen_is_on": chosen.is_on[0],
         "chosen_holds": chosen.holds[0],
         "expected_speedup": round(chosen.rate / off, 3),

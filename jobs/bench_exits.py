@@ -171,10 +171,10 @@ def _at_residents(
     everyone += [Contender(variant.name, engine) for variant, engine in zip(variants, engines, strict=False)]
     shorts = [prompts[n % len(prompts)][:PROMPT_TOKENS] for n in range(residents)]
     take_turns(everyone, shorts, DECODE_TOKENS, rounds, min_seconds)
-    base = everyone[0].rate
+    base = everyone[0]
     return {
         "residents": residents,
         "tokens_per_second": {one.name: round(one.rate, 1) for one in everyone},
-        "speedup": {one.name: round(one.rate / base, 3) for one in everyone},
+        "speedup": {one.name: round(one.speedup(base), 3) for one in everyone},
         "boundaries_on": {one.name: one.engine.describe()["exits"]["boundaries_on"] for one in everyone[1:]},
     }

@@ -61,14 +61,14 @@ def print_depth_report(facts: dict[str, Any]) -> None:
         names = [name for name in scenario["rows"][0]["speedup"] if name != "full depth"]
         title = f"{scenario['share']:.0%} of tokens exit at depth {scenario['depth']}: speed-up over full depth"
         table = Table(title=title, title_justify="left")
-        for column in ("residents", "full depth tok/s", *names, "ceiling", "bound", "realised"):
+        for column in ("residents", "full depth tok/s", *names, "ceiling", "free bound", "bound", "realised"):
             table.add_column(column, justify="right")
         for row in scenario["rows"]:
             table.add_row(
                 str(row["residents"]),
                 f"{row['tokens_per_second']['full depth']:,.0f}",
                 *(f"{row['speedup'][name]:.2f}" for name in names),
-                *(f"{row[name]:.2f}" for name in ("ceiling", "bound", "realised")),
+                *(f"{row[name]:.2f}" for name in ("ceiling", "free_bound", "bound", "realised")),
             )
         console.print(table)
 

@@ -15,6 +15,19 @@ from tiny_models import save_tiny_model
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``-n 2 --dist loadgroup``: a file's tests stay together, since they share what they start.
+
+    All that start Ray stay together too, and come first: they wait more than they compute, and two clusters at a time
+    would be more than two cores can start within Ray's own time limits.
+    """
+    groups = {item: "ray" if item.path.parent.name in ("ray", "serve") else item.path.stem for item in items}
+    items.sort(key=lambda item: groups[item] != "ray")
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> Iterator[None]:
     """Tiny models get slower with more threads, and parallel test runs share the cores."""

@@ -28,6 +28,20 @@ def test_a_curve_is_linear_between_and_beyond_its_points_and_flat_below() -> Non
     assert curve(128) == pytest.approx(17.0)
 
 
+def test_measurements_that_contradict_each_other_are_taken_at_their_least() -> None:
+    assert CostCurve.consistent((1, 8, 64), (3.0, 2.0, 9.0)) == CostCurve((1, 8, 64), (2.0, 2.0, 9.0))
+    assert CostCurve.consistent((1, 8, 64), (1.0, 2.0, 40.0)) == CostCurve((1, 8, 64), (1.0, 2.0, 16.0))
+
+
+def test_a_slow_moment_at_the_largest_size_makes_no_case_for_waiting() -> None:
+    """Full depth measured a tenth too slow at 256 rows: smaller launches seemed to pay, waiting ended 7 % below it."""
+    rows, first, second = (1, 128, 256), (2.0, 42.0, 82.0 * 1.1), (0.5, 10.5, 20.5 * 1.1)
+    as_measured = costs(CostCurve(rows, first), CostCurve(rows, second))
+    assert best_plan(as_measured, 256, [0.3]).holds[0] > 1
+    consistent = costs(CostCurve.consistent(rows, first), CostCurve.consistent(rows, second))
+    assert best_plan(consistent, 256, [0.3]).holds == (1,)
+
+
 @pytest.mark.parametrize("hold", [1, 2, 5])
 def test_the_rate_is_the_closed_form_of_two_stages(hold: int) -> None:
     """cost per token = (w_A + w_B / k) (p + k (1 - p)) / R + c_A + (1 - p) c_B."""

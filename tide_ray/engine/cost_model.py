@@ -31,6 +31,17 @@ class CostCurve:
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
+    @classmethod
+    def consistent(cls, rows: Sequence[int], seconds: Sequence[float]) -> CostCurve:
+        """The curve of measured ``seconds``, less what contradicts itself.
+
+        Fewer rows take no longer than more, and n rows no longer than n / m launches of m. Without the second a slow
+        moment at the largest size made waiting look like a gain: it parts what full depth would run as one launch.
+        """
+        falling = list(itertools.accumulate(reversed(seconds), min))[::-1]
+        least = itertools.accumulate((time / n for n, time in zip(rows, falling, strict=True)), min)
+        return cls(tuple(rows), tuple(n * per_row for n, per_row in zip(rows, least, strict=True)))
+
     def __call__(self, num_rows: float) -> float:
         if num_rows <= 0:
             return 0.0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from functools import partial
 
 import numpy as np
@@ -35,10 +33,6 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
     Writes K/V into free pages; call it before anything is resident.
     """
     sizes = (*(size for size in SIZES if size < max_residents), max_residents)
-    stages: list[list[float]] = [[] for _ in runner.stages]
-    gates: list[list[float]] = [[] for _ in exits.boundaries]
-    leaving: list[list[float]] = [[] for _ in exits.boundaries]
-    head: list[float] = []
     trial = BoundaryExits(
         exits.boundaries,
         _FirstStops(exits.policy),
@@ -48,28 +42,34 @@ def measure_costs(runner: Runner, exits: BoundaryExits, max_residents: int, cont
         prefill_thresholds=[None] * len(exits.boundaries),
     )
     longest = max(range(len(runner.stages)), key=lambda index: len(runner.stages[index].layers))
-    for size in sizes:
-        flow = _launch_of(runner, size, context)
-        states = flow.hidden.clone()
-        # Stages take turns, as in a step: one stage's weights may fit into a cache that all of them together do not.
-        turns = [partial(_run, runner, index, flow, states) for index in range(len(runner.stages))]
-        for number, seconds in enumerate(_medians(runner, turns)):
-            stages[number].append(seconds)
-        # Small things as well are used again only after the stages' weights have passed through the caches.
+    num_stages, num_boundaries = len(runner.stages), len(exits.boundaries)
+    rounds: list[list[list[float]]] = []  # by round, size and what is timed
+    for _ in range(REPEATS + 1):
         one_row = _launch_of(runner, 1, context)
-        between = partial(_run, runner, longest, one_row, states[:1])
-        for number in range(len(exits.boundaries)):
-            part = partial(_part, runner, trial, number, states, flow)
-            leave = partial(_exit, exits, number, states, flow)
-            _, parted, _, left = _medians(runner, [between, part, between, leave])
-            leaving[number].append(left)
-            gates[number].append(max(parted - leaving[number][0], 0.0))  # one row left: the first size is 1
-        head.append(_medians(runner, [between, partial(_head, runner, states)])[1])
+        # Small things as well are used again only after the stages' weights have passed through the caches.
+        between = partial(_run, runner, longest, one_row, one_row.hidden)
+        rounds.append([])
+        for size in sizes:
+            flow = _launch_of(runner, size, context)
+            states = flow.hidden.clone()
+            # Stages take turns, as in a step: one stage's weights may fit into a cache that all together do not.
+            turns = [partial(_run, runner, index, flow, states) for index in range(num_stages)]
+            for number in range(num_boundaries):
+                part = partial(_part, runner, trial, number, states, flow)
+                turns += [between, part, between, partial(_exit, exits, number, states, flow)]
+            turns += [between, partial(_head, runner, states)]
+            rounds[-1].append([_timed(runner, work) for work in turns])
+    # A size's samples are a whole round apart: other tenants of a machine slow it down for a second at a time.
+    medians = np.median(rounds[1:], axis=0).T.tolist()  # the first round warms up
+    parted = medians[num_stages + 1 : -2 : 4]
+    left = medians[num_stages + 3 : -2 : 4]
+    # One row left while parting, and the first size is 1.
+    gates = [[max(seconds - leaving[0], 0.0) for seconds in each] for each, leaving in zip(parted, left, strict=True)]
     return EngineCosts(
-        stages=tuple(CostCurve(sizes, tuple(seconds)) for seconds in stages),
+        stages=tuple(CostCurve.consistent(sizes, seconds) for seconds in medians[:num_stages]),
         gates=tuple(CostCurve(sizes, tuple(seconds)) for seconds in gates),
-        exits=tuple(CostCurve(sizes, tuple(seconds)) for seconds in leaving),
-        head=CostCurve(sizes, tuple(head)),
+        exits=tuple(CostCurve.consistent(sizes, seconds) for seconds in left),
+        head=CostCurve.consistent(sizes, medians[-1]),
     )
 
 
@@ -129,17 +129,13 @@ def _head(runner: Runner, hidden: torch.Tensor) -> None:
     runner.adapter.head(runner.adapter.final_norm(hidden[None])).argmax(-1)
 
 
-def _medians(runner: Runner, turns: Seq[Callable[[], object]]) -> list[float]:
-    """Median seconds of each of ``turns``, which run in order a few times, after one round that warms up."""
+def _timed(runner: Runner, work: Callable[[], object]) -> float:
+    """Seconds that ``work`` takes."""
     is_cuda = runner.adapter.device.type == "cuda"
-    seconds: list[list[float]] = [[] for _ in turns]
-    for _ in range(REPEATS + 1):
-        for number, work in enumerate(turns):
-            if is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            if is_cuda:
-                torch.cuda.synchronize()
-            seconds[number].append(time.perf_counter() - start)
-    return [statistics.median(each[1:]) for each in seconds]
+    if is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
