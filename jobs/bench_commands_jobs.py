@@ -37,6 +37,9 @@ def serving(
     max_num_seqs: Annotated[int, typer.Option(help="resident sequences")] = 64,
     num_threads: NumThreads = None,
     exits: Annotated[str | None, typer.Option(help="folder of a router checkpoint")] = None,
+    stream_interval_ms: Annotated[
+        float | None, typer.Option(help="least time between two chunks of a stream; default: the server's", min=0)
+    ] = None,
     output: Output = None,
 ) -> None:
     """The server under load from Locust, beside the bare engine with as many prompts at a time."""
@@ -64,6 +67,7 @@ def serving(
             num_threads=machine["num_threads"],
             max_num_seqs=parse_positive("max_num_seqs", max_num_seqs),
             exits=exits,
+            stream_interval_ms=stream_interval_ms,
         )
     finish("serving", machine, measured, print_serving_report, output)
 

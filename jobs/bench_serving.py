@@ -43,6 +43,7 @@ def run_serving(
     num_threads: int,
     max_num_seqs: int,
     exits: str | None,
+    stream_interval_ms: float | None,
 ) -> dict[str, Any]:
     """Measure all of it; returns the facts that are printed and written.
 
@@ -62,7 +63,7 @@ def run_serving(
     ):
         prompts = Path(scratch) / "prompts.json"
         prompts.write_text(json.dumps(workload.texts), encoding="utf-8")
-        load = _Locust(url, prompts, workload.max_tokens)
+        load = _Locust(url, prompts, workload.max_tokens, stream_interval_ms)
         load.run(concurrency, ROUND_SECONDS)  # fills caches
         for _ in range(rounds):
             bare.append(pool.submit(_bare_rate, ROUND_SECONDS).result())
@@ -79,6 +80,7 @@ def run_serving(
         "concurrency": concurrency,
         "max_num_seqs": max_num_seqs,
         "exits": exits and Path(exits).name,
+        "stream_interval_ms": stream_interval_ms,
         "bare_tokens_per_second": bare,
         "served_tokens_per_second": served,
         "share_of_bare": round(statistics.median(served) / statistics.median(bare), 4) if rounds else None,
@@ -90,10 +92,11 @@ def run_serving(
 
 
 class _Locust:
-    def __init__(self, url: str, prompts: Path, max_tokens: int) -> None:
+    def __init__(self, url: str, prompts: Path, max_tokens: int, interval_ms: float | None) -> None:
         self._url = url
-        environment = {"BENCH_MODEL": SERVED_AS, "BENCH_MAX_TOKENS": str(max_tokens), "BENCH_PROMPTS": str(prompts)}
-        self._environment = {**os.environ, **environment}
+        asked = {"PROMPTS": str(prompts), "MAX_TOKENS": str(max_tokens), "INTERVAL_MS": json.dumps(interval_ms)}
+        asked["MODEL"] = SERVED_AS
+        self._environment = {**os.environ, **{f"BENCH_{name}": value for name, value in asked.items()}}
 
     def run(self, users: int, seconds: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "locust", "-f", str(USER_FILE), "--headless", "--json", "--host", self._url]

@@ -19,6 +19,7 @@ from locust import HttpUser, task
 
 MODEL = os.environ["BENCH_MODEL"]
 MAX_TOKENS = int(os.environ["BENCH_MAX_TOKENS"])
+INTERVAL_MS = json.loads(os.environ["BENCH_INTERVAL_MS"])
 PROMPTS = json.loads(Path(os.environ["BENCH_PROMPTS"]).read_text(encoding="utf-8"))
 _numbers = itertools.count()
 
@@ -38,6 +39,7 @@ class Reader(HttpUser):
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            **({} if INTERVAL_MS is None else {"tide": {"stream_interval_ms": INTERVAL_MS}}),
         }
         start = time.perf_counter()
         with self.client.post(
