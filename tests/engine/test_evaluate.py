@@ -91,6 +91,8 @@ def test_settings_are_compared_with_full_depth_and_with_other_rules_at_the_same_
     posthoc = rows["post hoc, all layers run"]
     assert posthoc["mean_cost"] == 1, "it only selects states"
     assert posthoc["mean_depth"] == pytest.approx(loose["mean_depth"], abs=0.3)
+    for row in (strict, loose):
+        assert 0 < row["speed_in_jobs"][1] <= row["speed_in_jobs"][0] <= row["speed_in_jobs"][2]
     for row in (strict, loose, *others):
         assert 0 < row["speed"][1] <= row["speed"][0] <= row["speed"][2]
         assert 0 <= row["right_answers"][1] <= row["right_answers"][0] <= row["right_answers"][2] <= 1

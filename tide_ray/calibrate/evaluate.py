@@ -121,7 +121,10 @@ class _Evaluation:
         full_row = {"name": "full depth", "mean_depth": self.engine.num_layers, "mean_cost": 1.0, "speed": [1.0] * 3}
         floor = _disagreement(follow(again, self.prompts, self.full))
         again.runner.pools.release()
-        rows = [self._evaluated(name, {**options, "exits": config.routers}) for name, options in variants.items()]
+        rows = []
+        for name, options in variants.items():
+            options = {**options, "exits": config.routers}
+            rows.append({**self._evaluated(name, options), "speed_in_jobs": self._speed_in_jobs(name, options)})
         facts: dict[str, Any] = {}
         if config.baselines:
             cheapest = min(rows, key=lambda row: row["mean_cost"])
@@ -198,14 +201,7 @@ class _Evaluation:
             options = {**options, "exits_when": "always"}
         engine = TideEngine(self.loaded, EngineConfig(**{**self.settings, **options}))
         engine.warm_up()
-        ratios = []
-        for number in range(self.config.rounds):
-            self.progress(name, number / (self.config.rounds + 1))
-            start = time.perf_counter()
-            follow(self.engine, self.prompts, self.full)
-            middle = time.perf_counter()
-            same = follow(engine, self.prompts, self.full)
-            ratios.append((middle - start) / (time.perf_counter() - middle))
+        speed, same = self._followed(name, engine)
         stats, layers = engine.stats, engine.num_layers
         cost = sum(stats.rows_through_layer) / (layers * _rows_run(engine))
         num_exits = stats.num_generated_tokens - stats.tokens_at_depth.get(layers, 0)
@@ -217,7 +213,7 @@ class _Evaluation:
             "prompt_rows_stopped": round(stats.num_prefill_exits / max(stats.num_prompt_tokens, 1), 4),
             "mean_cost": round(cost, 5),
             "ceiling_in_layers": round(1 / cost, 3),
-            "speed": [round(float(value), 3) for value in (np.median(ratios), min(ratios), max(ratios))],
+            "speed": speed,
         }
         facts |= self._perplexity(engine)
         free = answer(engine, self.prompts, self.config.max_tokens)
@@ -230,6 +226,29 @@ class _Evaluation:
             "first_divergence": median_interval(parted) if parted else None,
             **self._correctness(free),
         }
+
+    def _speed_in_jobs(self, name: str, options: dict[str, Any]) -> list[float]:
+        """The setting's speed where boundaries that do not pay are off, as they are by default."""
+        engine = TideEngine(self.loaded, EngineConfig(**{**self.settings, **options}))
+        engine.warm_up()
+        speed, _ = self._followed(f"{name}, as in jobs", engine)
+        engine.runner.pools.release()
+        return speed
+
+    def _followed(self, name: str, engine: TideEngine) -> tuple[list[float], list[list[bool]]]:
+        """Speed over full depth, both following full depth's answers in turn, and which tokens the engine chose too.
+
+        The speed is a median over rounds, with the least and the most.
+        """
+        ratios: list[float] = []
+        for number in range(self.config.rounds):
+            self.progress(name, number / (self.config.rounds + 1))
+            start = time.perf_counter()
+            follow(self.engine, self.prompts, self.full)
+            middle = time.perf_counter()
+            same = follow(engine, self.prompts, self.full)
+            ratios.append((middle - start) / (time.perf_counter() - middle))
+        return [round(float(value), 3) for value in (np.median(ratios), min(ratios), max(ratios))], same
 
     def _perplexity(self, engine: TideEngine) -> dict[str, Any]:
         """Perplexity of the text over full depth's, paragraphs being the unit of its interval."""

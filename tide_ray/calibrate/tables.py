@@ -122,6 +122,7 @@ def evaluation_table(facts: Mapping[str, Any]) -> ReportTable:
         "prompt": lambda row: f"{row['prompt_rows_stopped']:.0%}" if "prompt_rows_stopped" in row else "-",
         "cost": lambda row: f"{row['mean_cost']:.3f}" if "mean_cost" in row else "-",
         "speed": lambda row: _spread(row.get("speed"), "{:.2f}"),
+        "in jobs": lambda row: _spread(row.get("speed_in_jobs"), "{:.2f}"),
     }
     rows = facts["variants"]
     for name, key in (("right %", "right_answers"), ("perplexity", "perplexity_ratio")):
@@ -136,7 +137,7 @@ def evaluation_table(facts: Mapping[str, Any]) -> ReportTable:
         "setting gives by itself; parts at: number of the first token unlike, median of the answers that part; "
         "perplexity: of the text, over full depth's; depth: of an answer's tokens; prompt: share of its tokens that "
         "stop; cost: share of layer runs, prompts included; speed: over full depth, both following the same tokens in "
-        "turn (median, least to most); *: the checkpoint's own",
+        "turn (median, least to most); in jobs: with boundaries off where they do not pay; *: the checkpoint's own",
         frozenset(n for n, row in enumerate(rows) if "exit_share" in row and not row.get("is_baseline")),
         wraps=True,
     )
