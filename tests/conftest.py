@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tide_ray.models.demo import demo_model_path
 from tiny_models import save_tiny_model
+
+if TYPE_CHECKING:
+    from object_store import S3Server
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -41,6 +45,23 @@ def _few_threads() -> Iterator[None]:
 def demo_path() -> Path:
     """The folder of the demo model; the first use on a machine downloads and converts it."""
     return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[S3Server]:
+    """An S3 server; ``bucket`` is the usual way to use it."""
+    from object_store import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(object_store: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket, which this process and its children can find."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store.make_bucket()
 
 
 @pytest.fixture(scope="session")

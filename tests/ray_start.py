@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 from ray.scripts.scripts import start
 
+from ports import free_port
+
 OF_OTHERS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
@@ -26,12 +28,6 @@ def check_ray_start(command: str) -> dict[str, Any]:
     program, verb, *arguments = shlex.split(command)
     assert (program, verb) == ("ray", "start")
     return start.make_context("ray start", arguments).params
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class RayNodes:

@@ -15,7 +15,8 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ray_start import RayNodes, check_ray_start, free_port
+from ports import free_port
+from ray_start import RayNodes, check_ray_start
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cluster").glob("ray-up-*.yaml"))

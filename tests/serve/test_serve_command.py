@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from ports import free_port
 from serving import ENGINE
 from tide_ray import EngineConfig, SamplingParams, TideEngine
 from tide_ray.serve.keys import new_key, stored
@@ -58,12 +58,6 @@ class Served:
                 if folder.name.isdigit() and f"TideModel:{self.model}" in (folder / "cmdline").read_text():
                     found.append(int(folder.name))
         return sorted(found)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

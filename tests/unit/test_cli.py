@@ -75,7 +75,10 @@ def assert_refused(result: Result, *parts: str) -> None:
         (["--num-actors", "0"], "num_actors: input should be greater than or equal to 1, got 0"),
         (["--max-num-seqs", "0"], "max_num_seqs must be a positive integer, got 0"),
         (["--raw", "--system-prompt", "Be brief."], "system_prompt needs the chat template, got raw=True"),
-        (["--output", "s3://bucket/x"], "output must be a folder that every node can see, got 's3://bucket/x'"),
+        (
+            ["--output", "ftp://host/x"],
+            "output must be a path or s3://BUCKET/KEY, gs://BUCKET/KEY, az://BUCKET/KEY, got",
+        ),
         (["--max-disagreement", "0.01"], "max_disagreement needs exits, a router checkpoint, got 0.01"),
         (["--exits", "absent", "--max-disagreement", "0.01"], "exits must be a router checkpoint"),
         (

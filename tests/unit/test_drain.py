@@ -54,7 +54,7 @@ def test_work_in_progress_has_its_time_and_what_takes_longer_is_dropped(path: st
         DrainRequest(path).make(1.0)
         start = time.monotonic()
         results = list(await running)
-        assert worker.is_requested
+        assert await worker.is_requested()
         return results, await worker.run(lambda: work(0)), time.monotonic() - start
 
     results, late, seconds = asyncio.run(main())

@@ -32,8 +32,8 @@ from tide_ray.calibrate.sweep_report import FAILED, KEPT, OK, print_sweep
 from tide_ray.calibrate.sweep_task import Outcome, Task, run_task, task_options
 from tide_ray.data.cluster import connected
 from tide_ray.data.lock import locked
-from tide_ray.data.parts import commit_file
 from tide_ray.data.run_facts import software_versions
+from tide_ray.data.storage import commit_file
 from tide_ray.exits.checkpoint import check_output_folder
 from tide_ray.types import UserError
 

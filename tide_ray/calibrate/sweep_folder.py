@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tide_ray.calibrate.corpus import Example
-from tide_ray.data.parts import commit_file
+from tide_ray.data.storage import commit_file
 from tide_ray.types import UserError
 
 PHASES = ("answers", "fit", "routers")

@@ -19,7 +19,7 @@ from tide_ray.calibrate.sweep_folder import PHASES, ModelFolder, shards
 from tide_ray.calibrate.sweep_report import FAILED, KEPT, OK, STOPPED
 from tide_ray.calibrate.sweep_task import LOADING, Task
 from tide_ray.data.identity import model_identity
-from tide_ray.data.parts import commit_file
+from tide_ray.data.storage import commit_file
 from tide_ray.exits.checkpoint import routers_identity
 from tide_ray.models.load import DEMO
 from tide_ray.types import UserError

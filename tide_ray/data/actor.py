@@ -32,6 +32,7 @@ from tide_ray.data.reports import Reporter, engine_counters
 from tide_ray.data.result_rows import attach, failed_row, finished_row, given_prompt
 from tide_ray.data.schema import ERROR_COLUMN, EXITS_ON_COLUMN, SHADOW_LOSS_COLUMN
 from tide_ray.data.shadow import DriftGuard, ShadowOptions
+from tide_ray.data.storage import off_loop
 from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.exit_setup import certificate_of
 from tide_ray.engine.memory import peak_memory
@@ -137,13 +138,13 @@ class Generator:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Generate for each row. Yields one table: ``batch``'s columns and RESULT_SCHEMA's, rows in input order."""
-        if self._drain is not None and self._drain.is_requested:
+        if self._drain is not None and await self._drain.is_requested():
             yield attach(batch, [None] * batch.num_rows, self._options.optional_columns)
             return
         wanted = ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN, self._options.ledger_key)
         names = [name for name in wanted if name in batch.column_names]
         if self._reporter is not None:
-            self._reporter.rows_arrived(batch.num_rows)
+            await off_loop(self._reporter.folder, partial(self._reporter.rows_arrived, batch.num_rows))
         rows = batch.select(names).to_pylist() if names else [{} for _ in range(batch.num_rows)]
         batch_uuid = uuid.uuid4().hex
         try:
@@ -160,7 +161,7 @@ class Generator:
         except Exception as error:
             self._report_failure(error)
             raise
-        self._report_batch([result for result in results if result is not None])
+        await self._report_batch([result for result in results if result is not None])
         engine = self._guard.engine
         if engine is not None and not engine.has_unfinished_requests():
             self._metrics.publish()  # nothing may come any more, and Ray ends the process without a word
@@ -228,7 +229,7 @@ class Generator:
         assert certificate is not None, "the job has checked that there is one"
         return DriftGuard(self._guard, certificate, self._options.shadow, self._log)
 
-    def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
+    async def _report_batch(self, results: Sequence[dict[str, Any]]) -> None:
         totals = {
             "rows": len(results),
             "errors": sum(bool(result[ERROR_COLUMN]) for result in results),
@@ -242,7 +243,8 @@ class Generator:
         counters = {} if engine is None else engine_counters(engine.stats)
         exits = None if engine is None else engine.describe_exits()
         drift = None if self._drift is None else self._drift.facts()
-        self._reporter.batch_done(totals, counters, exits, peak_memory(self._device), drift)
+        report = partial(self._reporter.batch_done, totals, counters, exits, peak_memory(self._device), drift)
+        await off_loop(self._reporter.folder, report)
 
     def _report_engine(self, engine: TideEngine) -> None:
         self._log.warning("engine replaced", engine=engine.describe())

@@ -8,15 +8,16 @@ included, is finished by whoever owns the folder next, so that no row is lost or
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tide_ray.data.adoption import disown, own_prefix
 from tide_ray.data.manifest import MANIFEST_FILE, make_manifest, part_files
-from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, commit_file, write_parquet
+from tide_ray.data.parts import KINDS, write_parquet
+from tide_ray.data.reading import fetched, for_arrow
+from tide_ray.data.storage import StoragePath, commit_file, make_folder, name_below, remove_folder, writing
 
 STAGING_FOLDER = "_compacted"
 JOURNAL_FILE = "_compacted.json"
@@ -24,28 +25,31 @@ ROWS_PER_GROUP = 16_384
 DEFAULT_FILE_BYTES = 256 << 20
 
 
-def compact_parts(folder: Path, *, name: str, file_bytes: int = DEFAULT_FILE_BYTES) -> dict[str, tuple[int, int]]:
+def compact_parts(
+    folder: StoragePath, *, name: str, file_bytes: int = DEFAULT_FILE_BYTES
+) -> dict[str, tuple[int, int]]:
     """Merge the parts of ``data/`` and of ``errors/`` into files of about ``file_bytes``.
 
     The caller owns the folder, whose job is finished and verified: a file that is copied gets a checksum of its own.
 
     Args:
-        name: unique to this call, part of the new files' names.
+        name: the attempt's, part of the new files' names.
 
     Returns:
         For each of the two kinds that has parts, their number before and after.
     """
-    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    remove_folder(folder / STAGING_FOLDER)
     plan: dict[str, list[str]] = {}
     counts = {}
-    for kind in (DATA_FOLDER, ERRORS_FOLDER):
+    for kind in KINDS:
         paths = part_files(folder, kind)
         groups = [group for group in _groups(paths, file_bytes) if len(group) > 1]
         for number, group in enumerate(groups):
-            target = folder / STAGING_FOLDER / kind / f"part-{name}-{number:06d}.parquet"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_parquet(target, pq.read_schema(group[0]), _row_groups(group))
-            plan[str(target.relative_to(folder / STAGING_FOLDER))] = [str(path.relative_to(folder)) for path in group]
+            target = folder / STAGING_FOLDER / kind / f"{own_prefix(name)}{number:06d}.parquet"
+            make_folder(target.parent)
+            with writing(target) as stream:
+                write_parquet(stream, pq.read_schema(for_arrow(group[0])), _row_groups(group))
+            plan[name_below(folder / STAGING_FOLDER, target)] = [name_below(folder, path) for path in group]
         if paths:
             counts[kind] = (len(paths), len(paths) - sum(len(group) - 1 for group in groups))
     if plan:
@@ -56,15 +60,16 @@ def compact_parts(folder: Path, *, name: str, file_bytes: int = DEFAULT_FILE_BYT
     return counts
 
 
-def has_pending(folder: Path) -> bool:
+def has_pending(folder: StoragePath) -> bool:
     """Whether a replacement of parts was begun and not finished."""
     return (folder / JOURNAL_FILE).exists()
 
 
-def finish_pending(folder: Path) -> None:
+def finish_pending(folder: StoragePath) -> None:
     """Do what is left of a replacement that was begun; nothing when there is none."""
     if has_pending(folder):
         plan: dict[str, list[str]] = json.loads((folder / JOURNAL_FILE).read_text(encoding="utf-8"))
+        disown(folder, [old for replaced in plan.values() for old in replaced])
         for name, replaced in plan.items():
             for old in replaced:
                 (folder / old).unlink(missing_ok=True)
@@ -74,11 +79,11 @@ def finish_pending(folder: Path) -> None:
         manifest.write_text(json.dumps(make_manifest(folder)) + "\n", encoding="utf-8")
         commit_file(manifest, folder / MANIFEST_FILE)
         (folder / JOURNAL_FILE).unlink()
-    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    remove_folder(folder / STAGING_FOLDER)
 
 
-def _groups(paths: list[Path], file_bytes: int) -> Iterator[list[Path]]:
-    group: list[Path] = []
+def _groups(paths: list[StoragePath], file_bytes: int) -> Iterator[list[StoragePath]]:
+    group: list[StoragePath] = []
     size = 0
     for path in paths:
         if group and size + path.stat().st_size > file_bytes:
@@ -90,11 +95,12 @@ def _groups(paths: list[Path], file_bytes: int) -> Iterator[list[Path]]:
         yield group
 
 
-def _row_groups(paths: list[Path]) -> Iterator[pa.Table]:
+def _row_groups(paths: list[StoragePath]) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     num_rows = 0
     for path in paths:
-        table = pq.read_table(path, partitioning=None)  # a folder NAME=VALUE above it is no column
+        with fetched(path) as file:
+            table = pq.read_table(file, partitioning=None)  # a folder NAME=VALUE above it is no column
         waiting.append(table.replace_schema_metadata(None))
         num_rows += table.num_rows
         if num_rows >= ROWS_PER_GROUP:

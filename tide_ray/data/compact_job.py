@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tide_ray.data.compact import compact_parts
 from tide_ray.data.job_folder import JobFolder
 from tide_ray.data.lock import locked
+from tide_ray.data.storage import StoragePath
 from tide_ray.data.verify import verify_job
 from tide_ray.types import JobError, UserError
 
 
-def compact_job(output: str | Path, *, file_bytes: int) -> dict[str, tuple[int, int]]:
+def compact_job(output: str | StoragePath, *, file_bytes: int) -> dict[str, tuple[int, int]]:
     """Verify the job in ``output``, then merge its parts into files of about ``file_bytes``.
 
     Returns:
@@ -25,6 +24,7 @@ def compact_job(output: str | Path, *, file_bytes: int) -> dict[str, tuple[int, 
     with locked(folder.path, folder.attempt) as lease:
         try:
             folder.begin()
+            folder.remove_late_parts()
             if folder.finished() is None:
                 raise UserError(f"output: the job in {str(output)!r} is not finished")
             if problems := verify_job(output).problems:

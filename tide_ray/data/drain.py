@@ -1,21 +1,23 @@
 """Stopping a running job without losing what it has done: answers in progress are finished and written, no more begin.
 
-The job asks by a file in a folder that all workers see. Reads then pass on no rows, actors finish the rows that they
+The job asks by a file in a place that all workers see. Reads then pass on no rows, actors finish the rows that they
 have or, when the time is up, drop them, and what is finished is written; the data set ends as if it were that short.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tide_ray.data.reading import fetched
+from tide_ray.data.storage import off_loop, replace_text, storage_path
 
 Result = TypeVar("Result")
 
@@ -30,28 +32,33 @@ class DrainRequest:
 
     def make(self, seconds: float) -> None:
         """Ask all workers to stop; rows in progress have ``seconds``, counted by each worker from when it sees this."""
-        unfinished = Path(f"{self.path}.{os.getpid()}")
-        unfinished.write_text(str(seconds), encoding="utf-8")
-        os.replace(unfinished, self.path)
+        replace_text(storage_path(self.path, "output"), str(seconds))
 
 
 def rows_unless_drained(table: pa.Table, path: str) -> pa.Table:
     """All rows, or none once the job is asked to stop."""
-    return table.slice(0, 0) if os.path.exists(path) else table
+    return table.slice(0, 0) if storage_path(path, "output").exists() else table
+
+
+def todo_rows(files: pa.Table, drain_path: str) -> Iterator[pa.Table]:
+    """A read task: the rows of Parquet files, named in the column ``file``, until the job is asked to stop."""
+    for name in files["file"].to_pylist():
+        with fetched(storage_path(name, "output")) as path:
+            table = pq.read_table(path, partitioning=None)  # a folder NAME=VALUE above it is no column
+        yield rows_unless_drained(table, drain_path)
 
 
 class Drainable:
     """A worker's side: runs work that is dropped when the job is asked to stop. Used from one event loop."""
 
     def __init__(self, path: str) -> None:
-        self._path = Path(path)
+        self._path = storage_path(path, "output")
         self._running: set[asyncio.Future[Any]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._is_over = False
 
-    @property
-    def is_requested(self) -> bool:
-        return self._path.exists()
+    async def is_requested(self) -> bool:
+        return await off_loop(self._path, self._path.exists)
 
     async def run(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
         """What ``work`` returns, or None if the time for it is over."""
@@ -71,9 +78,9 @@ class Drainable:
             self._running.discard(task)
 
     async def _watch(self) -> None:
-        while not self.is_requested:
+        while not await self.is_requested():
             await asyncio.sleep(POLL_SECONDS)
-        await asyncio.sleep(float(self._path.read_text(encoding="utf-8")))
+        await asyncio.sleep(float(await off_loop(self._path, self._path.read_text)))
         self._is_over = True
         for task in list(self._running):
             task.cancel()

@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from tide_ray.data.cluster import connected, quiet_ray
-from tide_ray.data.drain import DrainRequest, rows_unless_drained, sigterm_calls, terminate
+from tide_ray.data.drain import DrainRequest, sigterm_calls, terminate, todo_rows
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.job_folder import JobFolder
 from tide_ray.data.logs import JobLog
@@ -24,6 +23,8 @@ from tide_ray.data.progress import JobProgress, display_for
 from tide_ray.data.reports import Reports
 from tide_ray.data.run_facts import job_id, prefix_hit_rate
 from tide_ray.data.schema import optional_columns
+from tide_ray.data.snapshot import snapshot_files
+from tide_ray.data.storage import StoragePath
 from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint import read_certificates
 from tide_ray.types import JobError, UserError
@@ -45,7 +46,7 @@ def default_rows_per_part(num_rows: int, batch_size: int) -> int:
     return max(batch_size, min(MAX_ROWS_PER_PART, num_rows // PARTS_PER_JOB))
 
 
-@dataclass(slots=True)
+@dataclass
 class Generation:
     """One run of the data set. ``is_draining``: it was asked to stop early, and ends without what is not finished."""
 
@@ -58,7 +59,7 @@ class Generation:
     is_draining: bool = field(default=False, init=False)
     _hurry: threading.Timer | None = field(default=None, init=False)
 
-    @property
+    @cached_property
     def reports(self) -> Reports:
         return Reports(str(self.folder.scratch / "reports"))
 
@@ -66,7 +67,7 @@ class Generation:
     def _drain_request(self) -> DrainRequest:
         return DrainRequest(str(self.folder.scratch / "drain"))
 
-    def run(self, todo: Path, num_left: int, *, num_rows: int, spare_errors: int | None) -> dict[str, Any]:
+    def run(self, todo: StoragePath, num_left: int, *, num_rows: int, spare_errors: int | None) -> dict[str, Any]:
         """Generate the rows in ``todo`` and commit them. Returns facts about the engines and their work.
 
         Args:
@@ -152,7 +153,7 @@ class Generation:
             "tokens_per_second": round(totals["tokens"] / seconds, 1) if seconds else 0.0,
         }
 
-    def _plan(self, todo: Path, num_left: int) -> tuple[Any, Any]:
+    def _plan(self, todo: StoragePath, num_left: int) -> tuple[Any, Any]:
         import ray
 
         from tide_ray.data.actor import Generator
@@ -185,8 +186,9 @@ class Generation:
             facts={**self.fields, "model": config.model},
             late_facts=self.reports.engine_facts,
         )
-        rows = ray.data.read_parquet(str(todo)).map_batches(
-            partial(rows_unless_drained, path=drain_path), batch_format="pyarrow", batch_size=None
+        files = [{"file": str(path)} for path in snapshot_files(todo)]
+        rows = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
+            partial(todo_rows, drain_path=drain_path), batch_format="pyarrow", batch_size=None
         )
         return processor(rows), sink
 

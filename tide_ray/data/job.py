@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from tide_ray.data.lock import Lease, locked
 from tide_ray.data.logs import JobLog
 from tide_ray.data.run_facts import job_fields, job_id, print_summary, software_versions
 from tide_ray.data.snapshot import write_snapshot
+from tide_ray.data.storage import StoragePath, absolute, storage_path
 from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint import read_certificates
 from tide_ray.types import JobError, UserError
@@ -97,9 +97,9 @@ def _check_certified(config: GenerateJobConfig) -> None:
             raise UserError(f"{name}: max_disagreement is certified for {certified!r} only, got {value!r}")
 
 
-def _outputs(config: GenerateJobConfig) -> Iterator[Path]:
+def _outputs(config: GenerateJobConfig) -> Iterator[StoragePath]:
     """The output folder, then the ones beside it that a new run of another job may use."""
-    path = Path(config.output).expanduser()
+    path = absolute(storage_path(config.output, "output"))
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.name}-{number}")
@@ -108,19 +108,20 @@ def _outputs(config: GenerateJobConfig) -> Iterator[Path]:
 @contextmanager
 def _owned(folder: JobFolder) -> Iterator[Lease]:
     """Own the folder for the block; what goes wrong with writing into it is a JobError."""
-    with locked(folder.path, folder.attempt) as lease:
-        try:
-            folder.begin()
-            yield lease
-        except (KeyboardInterrupt, JobError, OSError) as error:
-            if not lease.is_held:
-                raise JobError(f"output: {str(folder.path)!r} was taken over by another attempt") from None
-            if isinstance(error, OSError):
-                raise JobError(f"output: cannot write {str(folder.path)!r}: {error}") from error
-            raise
-        finally:
-            if lease.is_held:
-                folder.clear_uncommitted()
+    try:
+        with locked(folder.path, folder.attempt) as lease:
+            try:
+                folder.begin()
+                yield lease
+            except (KeyboardInterrupt, JobError, OSError):
+                if not lease.is_held:
+                    raise JobError(f"output: {str(folder.path)!r} was taken over by another attempt") from None
+                raise
+            finally:
+                if lease.is_held:
+                    folder.clear_uncommitted()
+    except OSError as error:
+        raise JobError(f"output: cannot write {str(folder.path)!r}: {error}") from error
 
 
 def _run_owned(
@@ -132,7 +133,8 @@ def _run_owned(
     identity = model_identity(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     fields = job_fields(config, identity, snapshot)
     folder.adopt(fields)
-    if folder.path != Path(config.output).expanduser().resolve():
+    _remove_late_parts(folder, console)
+    if folder.path != next(_outputs(config)):
         console.print(f"{config.output} belongs to a different job; this one is in {folder.path}")
     if config.retry_errors and (num_retried := folder.take_back_errors()):
         console.print(f"trying {num_retried} rejected rows again")
@@ -159,6 +161,7 @@ def _run_owned(
                 raise
             if not generation.is_draining:
                 return _stopped(folder, snapshot.num_rows, console, log, EXIT_INTERRUPTED)
+    _remove_late_parts(folder, console)
     committed = folder.committed()
     _check_errors(folder, len(committed.errors), most_errors)
     if generation.is_draining and committed.num_ids < snapshot.num_rows:
@@ -176,6 +179,11 @@ def _run_owned(
     log.event("job finished", output=str(folder.path), **counts)
     print_summary(console, folder.path, {**facts, **counts})
     return EXIT_ROW_ERRORS if counts["errors"] else EXIT_OK
+
+
+def _remove_late_parts(folder: JobFolder, console: Console) -> None:
+    if names := folder.remove_late_parts():
+        console.print(f"removed {len(names)} parts that came after their attempt was over: {', '.join(names)}")
 
 
 def _check_errors(folder: JobFolder, num_errors: int, most_errors: int | None) -> None:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tide_ray.config import EngineConfig
+from tide_ray.data.storage import storage_path
 from tide_ray.types import SamplingParams, UserError
 
 SAMPLING_FIELDS = (
@@ -41,12 +42,14 @@ class GenerateJobConfig(BaseModel):
 
     model: str = Field(default="demo", min_length=1, description="hub id, folder, .gguf file or 'demo'")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
-    prompts: list[str] = Field(default_factory=list, description="files, folders, globs or data sets (hf:NAME)")
+    prompts: list[str] = Field(
+        default_factory=list, description="files, folders, globs (also s3://BUCKET/KEY) or data sets (hf:NAME)"
+    )
     prompt_column: str | None = Field(default=None, description="column that holds the prompts")
     id_column: str | None = Field(default=None, description="column that holds unique row ids")
     raw: bool = Field(default=False, description="use string prompts as they are, without the chat template")
     system_prompt: str | None = Field(default=None, description="system message put before every chat prompt")
-    output: str = Field(default="./tide-output", min_length=1, description="output folder")
+    output: str = Field(default="./tide-output", min_length=1, description="output folder, or s3://BUCKET/KEY")
     limit: int | None = Field(default=None, ge=1, description="read only this many prompts")
     keep_columns: list[str] | Literal["all"] = Field(default_factory=list, description="input columns to keep, or all")
     gate_scores: bool = Field(default=False, description="also write every token's gate score (needs exits)")
@@ -161,8 +164,10 @@ class GenerateJobConfig(BaseModel):
         limit = config.max_errors
         if limit is not None and not (limit >= 0 if isinstance(limit, int) else 0 < limit < 1):
             raise UserError(f"max_errors must be a number of rows or a share between 0 and 1, got {limit!r}")
-        if "://" in config.output:
-            raise UserError(f"output must be a folder that every node can see, got {config.output!r}")
+        storage_path(config.output, "output")
+        for prompts in config.prompts:
+            if "://" in prompts:
+                storage_path(prompts, "prompts")
         return config
 
     @classmethod

@@ -6,28 +6,41 @@
 - ``_retried/``: parts of ``errors/`` whose rows were given another try
 - ``run.json``, ``_manifest.json``, ``_SUCCESS``: facts, part files and counts of the finished job
 - ``_lock``, ``_tmp/``: the owner, and files not committed yet
+- ``_attempt.json``: on an object store, which parts count; see ``adoption``
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tide_ray.data.adoption import adopt_parts, disown, late_parts, own_prefix
+from tide_ray.data.committed import RETRIED_FOLDER, Committed, past_attempts, read_committed, tokens_and_depths
 from tide_ray.data.compact import finish_pending
-from tide_ray.data.manifest import MANIFEST_FILE, make_manifest, part_files, read_parts
-from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, commit_file, make_error_table, write_part
+from tide_ray.data.manifest import MANIFEST_FILE, load_manifest, make_manifest, part_files, read_parts
+from tide_ray.data.parts import ERRORS_FOLDER, KINDS, make_error_table, write_part
 from tide_ray.data.schema import ATTEMPTS_COLUMN
 from tide_ray.data.snapshot import SNAPSHOT_FILE, Snapshot, read_rows
+from tide_ray.data.storage import (
+    StoragePath,
+    absolute,
+    commit_file,
+    committing,
+    make_folder,
+    move_folder,
+    name_below,
+    open_attempt,
+    prepare_output,
+    remove_folder,
+    storage_path,
+    writing,
+)
 from tide_ray.types import JobError, UserError
 
 JOB_FILE = "_job.json"
@@ -35,7 +48,6 @@ INPUT_FOLDER = "_input"
 RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
 TMP_FOLDER = "_tmp"
-RETRIED_FOLDER = "_retried"
 MAX_REMOVALS = 100
 
 
@@ -43,35 +55,22 @@ class DifferentJobError(UserError):
     """The output folder belongs to a job with other fields."""
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Row ids that need no more work, by where they are, and the number of rows that hold them."""
-
-    data: set[str]
-    errors: set[str]
-    num_rows: int
-
-    @property
-    def ids(self) -> set[str]:
-        return self.data | self.errors
-
-    @property
-    def num_ids(self) -> int:
-        return len(self.data) + len(self.errors - self.data)
-
-
 class JobFolder:
     """One attempt at the job in ``path``. Its owner holds the lock; see ``tide_ray.data.lock``."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().resolve()
+    def __init__(self, path: str | StoragePath) -> None:
+        self.path = absolute(storage_path(path, "output"))
         self.attempt = uuid.uuid4().hex[:12]
 
     @classmethod
-    def existing(cls, path: str | Path) -> JobFolder:
+    def existing(cls, path: str | StoragePath) -> JobFolder:
         """The folder of a job that is there. Raises UserError if there is none."""
         folder = cls(path)
-        if not (folder.path / JOB_FILE).is_file():
+        try:
+            is_there = (folder.path / JOB_FILE).is_file()
+        except OSError as error:
+            raise UserError(f"output: cannot read {str(path)!r}: {error.strerror}") from None
+        if not is_there:
             raise UserError(f"output: no job in {str(path)!r}")
         return folder
 
@@ -80,16 +79,16 @@ class JobFolder:
         return self._read_json(self.path / JOB_FILE)
 
     @property
-    def input_folder(self) -> Path:
+    def input_folder(self) -> StoragePath:
         return self.path / INPUT_FOLDER
 
     @property
-    def scratch(self) -> Path:
+    def scratch(self) -> StoragePath:
         """What this attempt writes and has not committed."""
         return self.path / TMP_FOLDER / self.attempt
 
     @property
-    def new_input_folder(self) -> Path:
+    def new_input_folder(self) -> StoragePath:
         """Where this attempt writes its snapshot before it is compared with the one that may be there."""
         return self.scratch / "input"
 
@@ -100,7 +99,7 @@ class JobFolder:
             UserError: it holds something else, or it cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            prepare_output(self.path)
             names = {entry.name for entry in self.path.iterdir()}
             foreign = {name for name in names if not name.startswith("_")}
             if foreign and JOB_FILE not in names:
@@ -112,7 +111,8 @@ class JobFolder:
         """Shut out writers of attempts that are gone, and make room for this one. The caller owns the folder."""
         self.clear_uncommitted()
         finish_pending(self.path)
-        self.scratch.mkdir(parents=True)
+        adopt_parts(self.path, self.attempt, KINDS, self._finished_parts)
+        open_attempt(self.scratch)
 
     def adopt(self, fields: Mapping[str, Any]) -> None:
         """Bind the folder to a job, or check that it is this one; then move a new snapshot into place.
@@ -135,16 +135,13 @@ class JobFolder:
                     f"for one beside it): {details}"
                 )
         if not (self.input_folder / SNAPSHOT_FILE).exists():
-            shutil.rmtree(self.input_folder, ignore_errors=True)
-            os.replace(self.new_input_folder, self.input_folder)
+            move_folder(self.new_input_folder, self.input_folder, last=SNAPSHOT_FILE)
         if not path.exists():
             self._write_json(JOB_FILE, fields)
 
     def committed(self) -> Committed:
         """The ids in committed parts. Raises UserError for a part that cannot be read."""
-        data, num_results = self._row_ids(DATA_FOLDER)
-        errors, num_errors = self._row_ids(ERRORS_FOLDER)
-        return Committed(data, errors, num_results + num_errors)
+        return read_committed(self.path)
 
     def write_bad_rows(self, committed: Committed, facts: Mapping[str, Any]) -> None:
         """Commit the snapshot's unusable rows to ``errors/``."""
@@ -156,21 +153,23 @@ class JobFolder:
             tables.append(make_error_table(bad["row_id"], bad["error"], inputs))
             committed.errors.update(bad["row_id"].to_pylist())
         if tables:
-            write_part(self.scratch, self.path / ERRORS_FOLDER / f"part-{self.attempt}-input.parquet", tables, facts)
+            name = f"{own_prefix(self.attempt)}input.parquet"
+            write_part(self.scratch, self.path / ERRORS_FOLDER / name, tables, facts)
 
-    def write_todo(self, committed: Committed) -> tuple[Path, int]:
+    def write_todo(self, committed: Committed) -> tuple[StoragePath, int]:
         """The snapshot's rows that are left, as Parquet in a folder of this attempt. Returns it and their number.
 
         Column ``attempts`` has how often each was tried before and ended as an error.
         """
         folder = self.scratch / "todo"
-        folder.mkdir()
+        make_folder(folder)
         num_rows = 0
-        attempts = self._past_attempts()
+        attempts = past_attempts(self.path)
         for number, table in enumerate(read_rows(self.input_folder, committed.ids)):
             past = [attempts.get(row_id, 0) for row_id in table["row_id"].to_pylist()]
             table = table.append_column(ATTEMPTS_COLUMN, pa.array(past, pa.int32()))
-            pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
+            with writing(folder / f"part-{number:05d}.parquet") as stream:
+                pq.write_table(table, stream, compression="zstd")
             num_rows += table.num_rows
         return folder, num_rows
 
@@ -183,10 +182,19 @@ class JobFolder:
         if num_rows:
             for name in (SUCCESS_FILE, MANIFEST_FILE):
                 (self.path / name).unlink(missing_ok=True)
-            (self.path / RETRIED_FOLDER).mkdir(exist_ok=True)
-            for path in part_files(self.path, ERRORS_FOLDER):
-                os.replace(path, self.path / RETRIED_FOLDER / f"{self.attempt}-{path.name}")
+            make_folder(self.path / RETRIED_FOLDER)
+            paths = part_files(self.path, ERRORS_FOLDER)
+            disown(self.path, [name_below(self.path, path) for path in paths])
+            for path in paths:
+                commit_file(path, self.path / RETRIED_FOLDER / f"{self.attempt}-{path.name}")
         return num_rows
+
+    def remove_late_parts(self) -> list[str]:
+        """Remove parts that attempts wrote after they were over (see ``adoption``). Returns their names."""
+        paths = late_parts(self.path, KINDS)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return [name_below(self.path, path) for path in paths]
 
     def finished(self) -> dict[str, Any] | None:
         """The counts of the finished job, None if it is not finished."""
@@ -204,7 +212,7 @@ class JobFolder:
                 f"output: {str(self.path)!r} holds {committed.num_rows} rows with {committed.num_ids} ids of "
                 f"{snapshot.num_rows} prompts"
             )
-        tokens, depths = self._tokens_and_depths()
+        tokens, depths = tokens_and_depths(self.path)
         counts = {"rows": len(committed.data), "errors": len(committed.errors), "tokens": tokens}
         return {**counts, "mean_depth": round(depths / tokens, 4) if tokens else 0.0}
 
@@ -218,43 +226,22 @@ class JobFolder:
         """Remove files that were never committed, of this attempt and of dead ones."""
         # A writer that is still alive can put a file into a folder while it is being removed.
         for _ in range(MAX_REMOVALS):
-            shutil.rmtree(self.path / TMP_FOLDER, ignore_errors=True)
-            if not (self.path / TMP_FOLDER).exists():
+            remove_folder(self.path / TMP_FOLDER)
+            if not (self.path / TMP_FOLDER).is_dir():
                 return
         raise JobError(f"output: cannot remove {str(self.path / TMP_FOLDER)!r}; is another job writing there?")
 
-    def _row_ids(self, kind: str) -> tuple[set[str], int]:
-        ids: set[str] = set()
-        num_rows = 0
-        for table in read_parts(self.path, kind, ["row_id"]):
-            ids.update(table["row_id"].to_pylist())
-            num_rows += table.num_rows
-        return ids, num_rows
+    def _finished_parts(self) -> list[str] | None:
+        manifest = load_manifest(self.path) if (self.path / SUCCESS_FILE).exists() else None
+        return None if manifest is None else list(manifest)
 
-    def _past_attempts(self) -> dict[str, int]:
-        attempts: dict[str, int] = {}
-        for table in read_parts(self.path, RETRIED_FOLDER, ["row_id", ATTEMPTS_COLUMN]):
-            for row_id, count in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                attempts[row_id] = max(count, attempts.get(row_id, 0))
-        return attempts
-
-    def _tokens_and_depths(self) -> tuple[int, float]:
-        """Generated tokens, and the sum of their depths, over all committed rows."""
-        tokens, depths = 0, 0.0
-        for table in read_parts(self.path, DATA_FOLDER, ["num_generated_tokens", "mean_exit_layer"]):
-            counts = table["num_generated_tokens"].cast(pa.float64())
-            tokens += pc.sum(table["num_generated_tokens"]).as_py()
-            depths += pc.sum(pc.multiply(counts, table["mean_exit_layer"])).as_py()
-        return tokens, depths
-
-    def _read_json(self, path: Path) -> dict[str, Any]:
+    def _read_json(self, path: StoragePath) -> dict[str, Any]:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise UserError(f"output: {str(path)!r} is damaged") from None
 
     def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        temporary = self.scratch / name
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, default=str)}" for key, value in values.items())
-        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-        commit_file(temporary, self.path / name)
+        with committing(self.scratch, self.path / name) as stream:
+            stream.write(f"{{\n{lines}\n}}\n".encode())

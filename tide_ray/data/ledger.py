@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import TypeVar
+
+from tide_ray.data.storage import join_attempt, off_loop, storage_path
 
 Result = TypeVar("Result")
 
@@ -25,16 +26,15 @@ REASON = "the worker process died while this row was running alone"
 
 
 class DeathLedger:
-    """Notes in a folder that all workers see. One per process; used from one event loop.
+    """Notes in a place that all workers see. One per process; used from one event loop.
 
     Args:
         folder: made in the attempt's folder if need be; removed with it.
     """
 
     def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-        # Not its parents: without the attempt's folder, this actor's attempt is over (see ``parts``).
-        self._folder.mkdir(exist_ok=True)
+        self._folder = storage_path(folder, "output")
+        join_attempt(self._folder)
         self._gate = _Gate()
 
     async def run(
@@ -51,8 +51,8 @@ class DeathLedger:
             give_up: makes the result of a row that is not run any more.
         """
         batch_key = _digest("\n".join(keys))
-        deaths = len(list(self._folder.glob(f"{batch_key}.*")))
-        with self._note(batch_key):
+        deaths = await self._num_notes(batch_key)
+        async with self._note(batch_key):
             if deaths < DEATHS_BEFORE_ISOLATION:
                 async with self._gate.shared():
                     return list(await asyncio.gather(*(run() for run in runs)))
@@ -66,20 +66,23 @@ class DeathLedger:
         self, key: str, run: Callable[[], Awaitable[Result]], give_up: Callable[[str], Result]
     ) -> Result:
         row_key = _digest(f"alone {key}")
-        if any(self._folder.glob(f"{row_key}.*")):
+        if await self._num_notes(row_key):
             return give_up(REASON)
-        with self._note(row_key):
+        async with self._note(row_key):
             return await run()
 
-    @contextmanager
-    def _note(self, key: str) -> Iterator[None]:
+    async def _num_notes(self, key: str) -> int:
+        return await off_loop(self._folder, lambda: len(list(self._folder.glob(f"{key}.*"))))
+
+    @asynccontextmanager
+    async def _note(self, key: str) -> AsyncIterator[None]:
         path = self._folder / f"{key}.{uuid.uuid4().hex}"
-        path.touch()
+        await off_loop(path, path.touch)
         # Also removed when the work raises: an exception is not a death.
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            await off_loop(path, lambda: path.unlink(missing_ok=True))
 
 
 class _Gate:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from tide_ray.data.object_path import ObjectPath
 from tide_ray.data.sources import ROWS_PER_BATCH, ArrowSource, LineSource, Source, csv_source, parquet_source
+from tide_ray.data.storage import StoragePath, name_below, storage_path
 from tide_ray.types import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *PARQUET_SUFFIXES, *CSV_SUFFIXES)
 HUB_PREFIX = "hf:"
+SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -42,9 +45,16 @@ def open_sources(prompts: Sequence[str], text_columns: Sequence[str] = ()) -> li
 def _open_one(value: str, text_columns: Sequence[str]) -> list[Source]:
     if value.startswith(HUB_PREFIX):
         return [_hub_source(value.removeprefix(HUB_PREFIX), value)]
-    path = Path(value).expanduser()
+    path = storage_path(value, "prompts")
+    try:
+        return _found_sources(value, path, text_columns)
+    except OSError as error:
+        raise UserError(f"prompts: cannot read {value!r}: {error.strerror}") from None
+
+
+def _found_sources(value: str, path: StoragePath, text_columns: Sequence[str]) -> list[Source]:
     if path.is_dir():
-        if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        if isinstance(path, Path) and any((path / name).exists() for name in SAVED_DATASET_FILES):
             return [_saved_source(path)]
         found = sorted(file for file in path.rglob("*") if _is_input(file, path))
         if not found:
@@ -53,28 +63,34 @@ def _open_one(value: str, text_columns: Sequence[str]) -> list[Source]:
     if path.exists():
         return [_file_source(path, text_columns)]
     if glob.has_magic(value):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        matches = _matches(path)
         if not matches:
             raise UserError(f"prompts: no file matches {value!r}")
         return [_file_source(match, text_columns) for match in matches if match.is_file()]
-    if _kind(path) or not HUB_NAME.fullmatch(value):
+    if isinstance(path, ObjectPath) or _kind(path) or not HUB_NAME.fullmatch(value):
         raise UserError(f"prompts: file not found: {value!r}")
     return [_hub_source(value, value)]
 
 
-def _kind(path: Path) -> str:
+def _matches(path: StoragePath) -> Sequence[StoragePath]:
+    if isinstance(path, ObjectPath):
+        return path.matches()
+    return sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+
+
+def _kind(path: StoragePath) -> str:
     """The suffix that decides the reader, "" for none of ours."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     known = (*JSON_SUFFIXES, *TEXT_SUFFIXES) if path.suffix == ".gz" else SUFFIXES
     return suffix.lower() if suffix.lower() in known else ""
 
 
-def _is_input(file: Path, folder: Path) -> bool:
-    parts = file.relative_to(folder).parts
+def _is_input(file: StoragePath, folder: StoragePath) -> bool:
+    parts = Path(name_below(folder, file)).parts
     return file.is_file() and bool(_kind(file)) and not any(part.startswith((".", "_")) for part in parts)
 
 
-def _file_source(path: Path, text_columns: Sequence[str]) -> Source:
+def _file_source(path: StoragePath, text_columns: Sequence[str]) -> Source:
     kind = _kind(path)
     if kind in PARQUET_SUFFIXES:
         return parquet_source(path)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, part_checksum
+from tide_ray.data.adoption import counted
+from tide_ray.data.parts import KINDS, part_checksum
+from tide_ray.data.reading import for_arrow, read_each
+from tide_ray.data.storage import StoragePath, files_in, name_below
 from tide_ray.types import UserError
 
 MANIFEST_FILE = "_manifest.json"
@@ -30,31 +32,36 @@ class PartRecord:
     body_sha256: str | None
 
 
-def part_files(folder: Path, kind: str) -> list[Path]:
-    """The committed parts of ``data`` or ``errors``, in a fixed order."""
-    return sorted((folder / kind).glob("*.parquet"))
+def part_files(folder: StoragePath, kind: str) -> list[StoragePath]:
+    """The committed parts of ``data`` or ``errors``, or all files of another folder of parts, in a fixed order."""
+    paths = files_in(folder / kind, "*.parquet")
+    return list(counted(folder, paths)) if kind in KINDS else paths
 
 
-def read_parts(folder: Path, kind: str, columns: list[str]) -> Iterator[pa.Table]:
+def read_parts(folder: StoragePath, kind: str, columns: list[str]) -> Iterator[pa.Table]:
     """These columns of all parts, a part at a time. Raises UserError for a part that cannot be read."""
-    for path in part_files(folder, kind):
+
+    def read(path: StoragePath) -> pa.Table:
         try:
-            yield pq.read_table(path, columns=columns, partitioning=None)
+            return pq.read_table(for_arrow(path), columns=columns, partitioning=None)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"output: {str(path)!r} is damaged: {' '.join(str(error).split())}") from None
 
+    yield from read_each(part_files(folder, kind), read)
 
-def make_manifest(folder: Path) -> dict[str, Any]:
+
+def make_manifest(folder: StoragePath) -> dict[str, Any]:
     """The manifest of what is committed in ``folder`` now, as JSON holds it."""
-    records = []
-    for path in (*part_files(folder, DATA_FOLDER), *part_files(folder, ERRORS_FOLDER)):
-        metadata = pq.read_metadata(path)
-        name = str(path.relative_to(folder))
-        records.append(PartRecord(name, metadata.num_rows, path.stat().st_size, part_checksum(metadata)))
-    return {"parts": [asdict(record) for record in records]}
+
+    def record(path: StoragePath) -> dict[str, Any]:
+        metadata = pq.read_metadata(for_arrow(path))
+        size = path.stat().st_size
+        return asdict(PartRecord(name_below(folder, path), metadata.num_rows, size, part_checksum(metadata)))
+
+    return {"parts": list(read_each((path for kind in KINDS for path in part_files(folder, kind)), record))}
 
 
-def load_manifest(folder: Path) -> dict[str, PartRecord] | None:
+def load_manifest(folder: StoragePath) -> dict[str, PartRecord] | None:
     """The records by path, None when there is no manifest. Raises UserError for a damaged one."""
     path = folder / MANIFEST_FILE
     try:

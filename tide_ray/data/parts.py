@@ -2,15 +2,14 @@
 
 A part is written in a scratch folder of its attempt, fsynced and renamed into ``data/`` or ``errors/``. The file itself
 is the commit record: a killed job leaves only whole parts behind. The next attempt removes the scratch folder before it
-looks at what is committed, and only the job makes it, so a writer that outlived its job has nothing to rename.
+looks at what is committed, and only the job makes it, so a writer that outlived its job has nothing to rename. (For
+object stores see ``storage`` and ``adoption``.)
 
 A part carries the checksum of its own rows: the SHA-256 of all its bytes before the footer stands in the footer.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tide_ray.data.ledger import DEATHS_BEFORE_GIVING_UP, REASON
+from tide_ray.data.reading import for_arrow
 from tide_ray.data.schema import (
     ATTEMPTS_COLUMN,
     ERROR_COLUMN,
@@ -31,9 +31,12 @@ from tide_ray.data.schema import (
     OUTPUT_SCHEMA,
     with_metadata,
 )
+from tide_ray.data.storage import StoragePath, committing
+from tide_ray.types import JobError
 
 DATA_FOLDER = "data"
 ERRORS_FOLDER = "errors"
+KINDS = (DATA_FOLDER, ERRORS_FOLDER)
 
 BODY_SHA256 = METADATA_PREFIX + "body_sha256"
 BODY_BYTES = METADATA_PREFIX + "body_bytes"
@@ -83,31 +86,37 @@ def make_error_table(
     return pa.table([columns[item.name].cast(item.type) for item in ERROR_SCHEMA], schema=ERROR_SCHEMA)
 
 
-def write_part(scratch: Path, target: Path, tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> None:
+def write_part(scratch: StoragePath, target: StoragePath, tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> None:
     """Commit ``tables`` as the file ``target``, or nothing when they hold no rows.
 
-    ``scratch`` is on the same filesystem and must exist: it is not made here.
+    A task that runs again writes the same rows once more: in a shared folder they replace the part, on an object store
+    the one that is there stays, so that no late writer can change a part that counts.
+
+    Args:
+        scratch: the attempt's; it must exist: it is not made here.
+
+    Raises:
+        JobError: the part that is there has other rows.
     """
     table = pa.concat_tables(tables).combine_chunks()
     if table.num_rows == 0:
         return
-    temporary = scratch / f"{target.name}.{uuid.uuid4().hex}"
-    target.parent.mkdir(exist_ok=True)
     try:
-        write_parquet(temporary, with_metadata(table.schema, facts), [table])
-        commit_file(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with committing(scratch, target, is_new=True) as stream:
+            write_parquet(stream, with_metadata(table.schema, facts), [table])
+    except FileExistsError:
+        there = pq.read_table(for_arrow(target), columns=["row_id"], partitioning=None)
+        if not set(table["row_id"].to_pylist()) <= set(there["row_id"].to_pylist()):
+            raise JobError(f"output: {str(target)!r} was written twice, with other rows") from None
 
 
-def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def write_parquet(stream: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Write ``tables``, a row group each, with the file's checksum in its footer."""
-    with path.open("wb") as stream:
-        hashed = _HashedStream(stream)
-        with pq.ParquetWriter(hashed, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table.cast(schema), row_group_size=max(table.num_rows, 1))
-            writer.add_key_value_metadata({BODY_SHA256: hashed.digest.hexdigest(), BODY_BYTES: str(hashed.num_bytes)})
+    hashed = _HashedStream(stream)
+    with pq.ParquetWriter(hashed, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table.cast(schema), row_group_size=max(table.num_rows, 1))
+        writer.add_key_value_metadata({BODY_SHA256: hashed.digest.hexdigest(), BODY_BYTES: str(hashed.num_bytes)})
 
 
 def part_checksum(metadata: pq.FileMetaData) -> str | None:
@@ -148,19 +157,5 @@ class _HashedStream:
         self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
-
-
-def commit_file(temporary: Path, target: Path) -> None:
-    """Make ``temporary`` durable, then visible as ``target`` in one step. Both are on one filesystem."""
-    _fsync(temporary)
-    os.replace(temporary, target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        """Whoever opened the file closes it."""
+        self._stream.flush()

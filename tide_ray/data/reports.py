@@ -1,4 +1,4 @@
-"""What the actors report to the job: each keeps a file of its own in a folder that all see, the job adds them up.
+"""What the actors report to the job: each keeps a file of its own in a place that all see, the job adds them up.
 
 Files instead of an actor to report to: a Ray actor takes a process, which wakes a hundred times a second beside the
 engines, and dies with its node.
@@ -7,13 +7,14 @@ engines, and dies with its node.
 from __future__ import annotations
 
 import json
-import os
+import threading
 import time
-from contextlib import suppress
 from copy import copy
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
+from tide_ray.data.reading import TextFolder
+from tide_ray.data.storage import join_attempt, replace_text, storage_path
 from tide_ray.types import EngineStats
 
 TOTALS = ("started", "rows", "errors", "tokens", "depths")
@@ -25,7 +26,7 @@ COUNTERS = (
 
 
 class Reporter:
-    """One actor's report, rewritten whole at every change.
+    """One actor's report, rewritten whole at every change. May be used from several threads.
 
     Args:
         folder: made in the attempt's folder if need be; removed with it.
@@ -33,10 +34,11 @@ class Reporter:
     """
 
     def __init__(self, folder: str, name: str) -> None:
-        self._path = Path(folder) / f"{name}.json"
-        # Not its parents: without the attempt's folder, this actor's attempt is over (see ``parts``).
-        self._path.parent.mkdir(exist_ok=True)
+        self.folder = storage_path(folder, "output")
+        self._path = self.folder / f"{name}.json"
+        join_attempt(self.folder)
         self._report: dict[str, Any] = {"totals": dict.fromkeys(TOTALS, 0)}
+        self._lock = threading.RLock()
 
     def engine_started(self, facts: dict[str, Any], seconds: float) -> None:
         """``facts``: what the engine says of itself; ``seconds``: what loading it and warming it up took."""
@@ -48,9 +50,10 @@ class Reporter:
 
     def rows_arrived(self, count: int) -> None:
         """``count`` rows are here. With the first, generating begins and starting up (Ray's, the engine's) is over."""
-        totals = {**self._report["totals"], "started": self._report["totals"]["started"] + count}
-        first = {} if "first_rows" in self._report else {"first_rows": time.time()}
-        self._write(totals=totals, **first)
+        with self._lock:
+            totals = {**self._report["totals"], "started": self._report["totals"]["started"] + count}
+            first = {} if "first_rows" in self._report else {"first_rows": time.time()}
+            self._write(totals=totals, **first)
 
     def batch_done(
         self,
@@ -65,10 +68,11 @@ class Reporter:
         ``counters``, ``exits`` (the launch plan), ``memory`` (``peak_memory``) and ``drift`` (what the drift guard has
         found) are the engine's as they are now.
         """
-        summed = {key: count + totals.get(key, 0) for key, count in self._report["totals"].items()}
-        process = {**self._report.get("process", {}), **memory}
-        now = {"counters": counters, "exits": exits, "process": process, "drift": drift, "last_batch": time.time()}
-        self._write(totals=summed, **now)
+        with self._lock:
+            summed = {key: count + totals.get(key, 0) for key, count in self._report["totals"].items()}
+            process = {**self._report.get("process", {}), **memory}
+            now = {"counters": counters, "exits": exits, "process": process, "drift": drift, "last_batch": time.time()}
+            self._write(totals=summed, **now)
 
     def failed(self, message: str, is_user_error: bool) -> None:
         """Why this actor cannot go on. The first failure is kept: later ones are its consequences."""
@@ -76,10 +80,9 @@ class Reporter:
             self._write(failure=[message, is_user_error], failed_at=time.time())
 
     def _write(self, **changes: Any) -> None:
-        self._report |= changes
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self._report), encoding="utf-8")
-        os.replace(unfinished, self._path)
+        with self._lock:
+            self._report |= changes
+            replace_text(self._path, json.dumps(self._report))
 
 
 class Reports:
@@ -134,12 +137,12 @@ class Reports:
                 summed[key] = _add(summed[key], value) if key in summed else value
         return summed
 
+    @cached_property
+    def _files(self) -> TextFolder:
+        return TextFolder(storage_path(self.folder, "output"), "*.json")
+
     def _read(self) -> list[dict[str, Any]]:
-        reports = []
-        for path in sorted(Path(self.folder).glob("*.json")):
-            with suppress(FileNotFoundError):  # the attempt is over
-                reports.append(json.loads(path.read_text(encoding="utf-8")))
-        return reports
+        return [json.loads(text) for text in self._files.read()]
 
 
 def engine_counters(stats: EngineStats) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -17,6 +16,7 @@ from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.prompts import non_default_params
 from tide_ray.data.schema import SCHEMA_VERSION
 from tide_ray.data.snapshot import Snapshot
+from tide_ray.data.storage import StoragePath
 from tide_ray.exits.checkpoint import routers_identity
 
 REPORTED_PACKAGES = ("tide-ray", "torch", "transformers", "ray", "pyarrow")
@@ -73,7 +73,7 @@ def prefix_hit_rate(counters: Mapping[str, Any]) -> float:
     return round(counters["num_cached_tokens"] / num_prompt_tokens, 4) if num_prompt_tokens else 0.0
 
 
-def print_summary(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
+def print_summary(console: Console, output: StoragePath, facts: Mapping[str, Any]) -> None:
     """The closing table. ``facts`` are those of ``run.json``."""
     table = Table(show_header=False, title="tide-ray generate", title_justify="left")
     table.add_column(style="bold")

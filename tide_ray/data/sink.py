@@ -1,15 +1,16 @@
-"""Ray Data's write tasks: each commits one part of results and one of errors; a retried task replaces its own files."""
+"""Ray Data's write tasks: each commits one part of results and one of errors; a retried task writes no others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
+from tide_ray.data.adoption import own_prefix
 from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, error_table, output_table, write_part
+from tide_ray.data.storage import storage_path
 
 
 class ParquetSink(Datasink[dict[str, int]]):
@@ -17,7 +18,7 @@ class ParquetSink(Datasink[dict[str, int]]):
 
     Args:
         output: the job's folder.
-        scratch: a folder of this attempt on the same filesystem; see ``parts``.
+        scratch: a folder of this attempt in the same place; see ``parts``.
         attempt: unique to this run of the job, part of every file name.
         rows_per_part: rows to gather before a part is written.
         facts: run facts for the files' metadata.
@@ -34,8 +35,8 @@ class ParquetSink(Datasink[dict[str, int]]):
         facts: Mapping[str, Any],
         late_facts: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        self._output = Path(output)
-        self._scratch = Path(scratch)
+        self._output = storage_path(output, "output")
+        self._scratch = storage_path(scratch, "output")
         self._attempt = attempt
         self._rows_per_part = rows_per_part
         self._facts = dict(facts)
@@ -51,7 +52,7 @@ class ParquetSink(Datasink[dict[str, int]]):
         if not tables:
             return {"rows": 0, "errors": 0}
         facts = {**self._facts, **(self._late_facts() if self._late_facts else {})}
-        name = f"part-{self._attempt}-{ctx.task_idx:06d}.parquet"
+        name = f"{own_prefix(self._attempt)}{ctx.task_idx:06d}.parquet"
         results = [output_table(table) for table in tables]
         rejected = [error_table(table) for table in tables]
         for folder, parts in ((DATA_FOLDER, results), (ERRORS_FOLDER, rejected)):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +18,10 @@ import pyarrow.parquet as pq
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.locate import open_sources
 from tide_ray.data.prompts import PARAMS_COLUMN, PROMPT_COLUMNS, PromptRow, RowMaker, prompt_columns
+from tide_ray.data.reading import fetched
 from tide_ray.data.schema import KEPT_PREFIX, OUTPUT_SCHEMA, optional_columns
 from tide_ray.data.sources import Source, conform
+from tide_ray.data.storage import StoragePath, files_in, make_folder, writing
 from tide_ray.types import UserError
 
 ROWS_PER_FILE = 16_384
@@ -48,11 +51,11 @@ class Snapshot:
     sources: list[str]
 
     @classmethod
-    def load(cls, folder: Path) -> Snapshot:
+    def load(cls, folder: StoragePath) -> Snapshot:
         return cls(**json.loads((folder / SNAPSHOT_FILE).read_text(encoding="utf-8")))
 
 
-def write_snapshot(config: GenerateJobConfig, folder: Path) -> Snapshot:
+def write_snapshot(config: GenerateJobConfig, folder: StoragePath) -> Snapshot:
     """Read ``config.prompts`` and write the snapshot into the new folder ``folder``.
 
     Raises:
@@ -63,7 +66,7 @@ def write_snapshot(config: GenerateJobConfig, folder: Path) -> Snapshot:
     plans = [(source, prompt_columns(source, config.prompt_column)) for source in sources]
     _check_id_column(sources, config.id_column)
     kept = _kept_schema(plans, config)
-    folder.mkdir(parents=True)
+    make_folder(folder)
     maker = RowMaker(config.sampling_params(), config.id_column)
     num_rows = num_bad = 0
     with _PartWriter(folder, kept) as writer:
@@ -78,14 +81,14 @@ def write_snapshot(config: GenerateJobConfig, folder: Path) -> Snapshot:
     return snapshot
 
 
-def snapshot_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.parquet"))
+def snapshot_files(folder: StoragePath) -> list[StoragePath]:
+    return files_in(folder, "part-*.parquet")
 
 
-def read_rows(folder: Path, without: Collection[str] = frozenset()) -> Iterator[pa.Table]:
+def read_rows(folder: StoragePath, without: Collection[str] = frozenset()) -> Iterator[pa.Table]:
     """The snapshot's rows in order, a table at a time, less those whose id is in ``without``."""
     for path in snapshot_files(folder):
-        with pq.ParquetFile(path) as file:
+        with fetched(path) as local, pq.ParquetFile(local) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_FILE):
                 table = pa.Table.from_batches([batch])
                 if without:
@@ -145,33 +148,34 @@ def _kept_schema(plans: list[tuple[Source, tuple[str, ...]]], config: GenerateJo
 class _PartWriter:
     """Writes part files of ROWS_PER_FILE rows or a little more."""
 
-    def __init__(self, folder: Path, kept: pa.Schema) -> None:
+    def __init__(self, folder: StoragePath, kept: pa.Schema) -> None:
         self._folder = folder
         self._schema = pa.schema([*INPUT_SCHEMA, *(item.with_name(KEPT_PREFIX + item.name) for item in kept)])
         self._kept = kept
-        self._writer: pq.ParquetWriter | None = None
+        self._part: ExitStack | None = None
         self._num_parts = 0
         self._rows_in_part = 0
 
     def __enter__(self) -> _PartWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def __exit__(self, *failure: Any) -> None:
+        if self._part is not None:
+            self._part.__exit__(*failure)
 
     def write(self, rows: list[PromptRow], kept: pa.Table, *, first_index: int) -> None:
         own = {name: [getattr(row, name) for row in rows] for name in INPUT_SCHEMA.names if name != "row_index"}
         own["row_index"] = list(range(first_index, first_index + len(rows)))
         arrays = [pa.array(own[item.name], item.type) for item in INPUT_SCHEMA]
         arrays += conform(kept, self._kept).columns
-        if self._writer is None:
-            path = self._folder / f"part-{self._num_parts:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        if self._part is None:
+            self._part = ExitStack()
+            stream = self._part.enter_context(writing(self._folder / f"part-{self._num_parts:05d}.parquet"))
+            self._writer = self._part.enter_context(pq.ParquetWriter(stream, self._schema, compression="zstd"))
             self._num_parts += 1
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._rows_in_part += len(rows)
         if self._rows_in_part >= ROWS_PER_FILE:
-            self._writer.close()
-            self._writer = None
+            self._part.close()
+            self._part = None
             self._rows_in_part = 0

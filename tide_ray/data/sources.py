@@ -9,15 +9,17 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from tide_ray.data.reading import for_arrow
+from tide_ray.data.storage import StoragePath
 from tide_ray.types import UserError
 
 ROWS_PER_BATCH = 1024
@@ -94,7 +96,7 @@ class ArrowSource:
 class LineSource:
     """A source of lines: JSON Lines, or text with one prompt per non-empty line. ``.gz`` files are unpacked."""
 
-    def __init__(self, path: Path, *, is_text: bool) -> None:
+    def __init__(self, path: StoragePath, *, is_text: bool) -> None:
         self.name = str(path)
         self.is_text = is_text
         self._path = path
@@ -142,8 +144,14 @@ class LineSource:
         except (OSError, EOFError) as error:
             raise UserError(f"prompts: cannot read {self.name!r}: {_one_line(error)}") from None
 
-    def _open(self) -> BinaryIO | gzip.GzipFile:
-        return gzip.open(self._path, "rb") if self._path.suffix == ".gz" else self._path.open("rb")
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO | gzip.GzipFile]:
+        with self._path.open("rb") as stream:
+            if self._path.suffix == ".gz":
+                with gzip.open(stream, "rb") as unpacked:
+                    yield unpacked
+            else:
+                yield stream
 
     def _parse(self, line: bytes, number: int) -> SourceRow | None:
         place = f"{self.name} line {number}"
@@ -164,23 +172,23 @@ class LineSource:
         return SourceRow(values, place)
 
 
-def parquet_source(path: Path) -> ArrowSource:
+def parquet_source(path: StoragePath) -> ArrowSource:
     """A Parquet file, read a batch at a time."""
     _check_readable(path)
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(for_arrow(path))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"prompts: {str(path)!r} is not a Parquet file: {_one_line(error)}") from None
 
     def open_tables(columns: list[str]) -> Iterator[pa.Table]:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(for_arrow(path)) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
                 yield pa.Table.from_batches([batch])
 
     return ArrowSource(str(path), schema.remove_metadata(), open_tables)
 
 
-def csv_source(path: Path, text_columns: Sequence[str] = ()) -> ArrowSource:
+def csv_source(path: StoragePath, text_columns: Sequence[str] = ()) -> ArrowSource:
     """A CSV (or tab-separated) file with a header line; an empty field is null."""
     _check_readable(path)
     parse = pa.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
@@ -191,14 +199,19 @@ def csv_source(path: Path, text_columns: Sequence[str] = ()) -> ArrowSource:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
+
+    def open_reader() -> pa.csv.CSVStreamingReader:
+        file = for_arrow(path, is_sequential=True)
+        return pa.csv.open_csv(file, parse_options=parse, convert_options=convert)
+
     try:
-        with pa.csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
+        with open_reader() as reader:
             schema = reader.schema
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"prompts: {str(path)!r} is not a CSV file: {_one_line(error)}") from None
 
     def open_tables(columns: list[str]) -> Iterator[pa.Table]:
-        with pa.csv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
+        with open_reader() as reader:
             for batch in reader:
                 table = pa.Table.from_batches([batch]).select(columns)
                 for start in range(0, table.num_rows, ROWS_PER_BATCH):
@@ -216,7 +229,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(path: StoragePath) -> None:
     try:
         with path.open("rb"):
             return

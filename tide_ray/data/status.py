@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tide_ray.data.job_folder import TMP_FOLDER, JobFolder
 from tide_ray.data.lock import live_owner
 from tide_ray.data.reports import Reports
+from tide_ray.data.storage import StoragePath
 
 
-def job_status(output: str | Path) -> dict[str, Any]:
+def job_status(output: str | StoragePath) -> dict[str, Any]:
     """State (``finished``, ``running`` or ``stopped``), row counts, and for a running job its owner and speed.
 
     Raises:

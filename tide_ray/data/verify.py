@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tide_ray.data.adoption import late_parts
 from tide_ray.data.compact import has_pending
 from tide_ray.data.job_folder import JobFolder
 from tide_ray.data.manifest import PartRecord, load_manifest, part_files
-from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, is_intact, part_checksum
+from tide_ray.data.parts import DATA_FOLDER, KINDS, is_intact, part_checksum
+from tide_ray.data.reading import fetched
 from tide_ray.data.schema import ERROR_SCHEMA, METADATA_PREFIX, OUTPUT_SCHEMA
 from tide_ray.data.snapshot import read_rows
+from tide_ray.data.storage import StoragePath, name_below
 
 LIST_COLUMNS = ("generated_tokens", "exit_layers", "token_times_us")
 IDS_TO_NAME = 3
@@ -35,7 +37,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
 
-def verify_job(output: str | Path) -> Verification:
+def verify_job(output: str | StoragePath) -> Verification:
     """Read every part of the job in ``output`` and compare it with checksums, manifest, schema and input snapshot.
 
     Raises:
@@ -53,11 +55,17 @@ def verify_job(output: str | Path) -> Verification:
         found.problems.append("compact was interrupted: run it again")
     if manifest is None and found.is_finished:
         found.problems.append("_manifest.json: missing from a finished job")
+    for path in late_parts(folder.path, KINDS):
+        found.problems.append(
+            f"{name_below(folder.path, path)}: written by an attempt that was over; the job's command removes it"
+        )
     seen: dict[str, str] = {}
+    names = set()
     data_schema: pa.Schema | None = None
-    for kind in (DATA_FOLDER, ERRORS_FOLDER):
+    for kind in KINDS:
         for path in part_files(folder.path, kind):
-            name = str(path.relative_to(folder.path))
+            name = name_below(folder.path, path)
+            names.add(name)
             found.num_parts += 1
             table = _read_part(path, name, None if manifest is None else manifest.get(name), found.problems)
             if table is None:
@@ -72,7 +80,7 @@ def verify_job(output: str | Path) -> Verification:
             found.problems += _check_table(name, table, kind, data_schema, job)
             _check_ids(name, table, expected, seen, found.problems)
     for name in manifest or {}:
-        if not (folder.path / name).exists():
+        if name not in names:
             found.problems.append(f"{name}: missing, it is in the manifest")
     missing = sorted(expected - seen.keys())
     found.num_left = len(missing)
@@ -86,22 +94,21 @@ def verify_job(output: str | Path) -> Verification:
     return found
 
 
-def _read_part(path: Path, name: str, record: PartRecord | None, problems: list[str]) -> pa.Table | None:
+def _read_part(path: StoragePath, name: str, record: PartRecord | None, problems: list[str]) -> pa.Table | None:
     """The part's rows; None, with the reason in ``problems``, when they are not those that were written."""
     try:
-        metadata = pq.read_metadata(path)
-        checksum = part_checksum(metadata)
-        if checksum is None:
-            problems.append(f"{name}: not written by a job, it has no checksum")
-            return None
-        if not is_intact(path, metadata):
-            problems.append(f"{name}: its rows are not those that were written (checksum)")
-            return None
-        if record is not None:
-            now = PartRecord(name, metadata.num_rows, path.stat().st_size, checksum)
-            if now != record:
+        with fetched(path) as file:
+            metadata = pq.read_metadata(file)
+            checksum = part_checksum(metadata)
+            if checksum is None:
+                problems.append(f"{name}: not written by a job, it has no checksum")
+                return None
+            if not is_intact(file, metadata):
+                problems.append(f"{name}: its rows are not those that were written (checksum)")
+                return None
+            if record is not None and PartRecord(name, metadata.num_rows, file.stat().st_size, checksum) != record:
                 problems.append(f"{name}: not the file that the manifest lists")
-        return pq.read_table(path, partitioning=None)  # a folder NAME=VALUE above it is no column
+            return pq.read_table(file, partitioning=None)  # a folder NAME=VALUE above it is no column
     except (pa.ArrowException, OSError) as error:
         problems.append(f"{name}: cannot be read: {' '.join(str(error).split())[:200]}")
         return None

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from tide_ray.data.job import EXIT_OK, EXIT_ROW_ERRORS, run_generate
 from tide_ray.data.job_config import GenerateJobConfig
-from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER, commit_file
+from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER
 from tide_ray.data.schema import METADATA_PREFIX
+from tide_ray.data.storage import commit_file
 from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint import read_certificates
 from tide_ray.serve.calls import AS_MANY_AS_FIT, PARAM_NAMES, Call, chat_call, completion_call
