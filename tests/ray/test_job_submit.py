@@ -128,12 +128,12 @@ def test_a_job_on_a_bucket_that_is_killed_at_a_third_goes_on_and_has_every_row_o
         **SETTINGS, "model": str(tiny_llama_folder), "prompts": [f"{bucket}/prompts.jsonl"], "output": str(out),
         "max_tokens": 8, "batch_size": 4, "rows_per_part": 4, "max_num_seqs": 4, "address": nodes.address,
     }  # fmt: skip
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     # The benchmark's driver can hold steps to a pace: a tiny model's job would be over before it is killed.
     command = [sys.executable, ROOT / "jobs" / "bench_faults_driver.py", tmp_path / "job.yaml"]
     environment = {**nodes.environment, "TIDE_BENCH_STEP_SECONDS": "0.05"}
 
-    def attempt() -> subprocess.Popen[str]:
+    def attempt(**more: Any) -> subprocess.Popen[str]:
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({**settings, **more}))
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     first = attempt()
@@ -165,7 +165,8 @@ def test_a_job_on_a_bucket_that_is_killed_at_a_third_goes_on_and_has_every_row_o
     assert kept.items() <= now.items()
     assert json.loads((out / "run.json").read_text())["generated_rows"] <= num_rows - 4 * len(kept)
 
-    third = attempt()
-    _, said = third.communicate(timeout=200)
-    assert third.returncode == 3
-    assert "nothing to do" in said
+    for more, what in (({"retry_errors": True}, "trying 1 rejected rows again"), ({}, "nothing to do")):
+        again = attempt(**more)
+        _, said = again.communicate(timeout=200)
+        assert (again.returncode, verify_job(out).problems) == (3, []), said[-3000:]
+        assert what in said

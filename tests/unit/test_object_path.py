@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from tide_ray.data.object_path import NEW, ChangedError, ObjectPath
 from tide_ray.data.reading import fetched, for_arrow
 from tide_ray.data.storage import commit_file, committing, open_attempt, prepare_output, remove_folder, storage_path
 from tide_ray.types import UserError
+
+
+@pytest.fixture
+def _other_aws() -> Iterator[None]:
+    """A process asks but once where S3 is and who it is there."""
+    object_client.aws.cache_clear()
+    yield
+    object_client.aws.cache_clear()
 
 
 @pytest.fixture
@@ -122,6 +131,7 @@ def test_a_bucket_that_is_not_there_is_said_to_be(bucket: str) -> None:
             ask()
 
 
+@pytest.mark.usefixtures("_other_aws")
 def test_a_store_that_does_not_answer_is_named_soon(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setitem(object_client.RETRIES, "max_retries", 1)
@@ -133,6 +143,7 @@ def test_a_store_that_does_not_answer_is_named_soon(bucket: str, monkeypatch: py
     assert "not-to-be-seen" not in str(error.value)
 
 
+@pytest.mark.usefixtures("_other_aws")
 def test_without_credentials_nobody_is_asked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(PermissionError, match="no AWS credentials"):

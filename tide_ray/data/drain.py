@@ -10,7 +10,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -78,8 +78,11 @@ class Drainable:
             self._running.discard(task)
 
     async def _watch(self) -> None:
-        while not await self.is_requested():
+        is_requested = False
+        while not is_requested:
             await asyncio.sleep(POLL_SECONDS)
+            with suppress(OSError):  # a store that does not answer may do so the next time
+                is_requested = await self.is_requested()
         await asyncio.sleep(float(await off_loop(self._path, self._path.read_text)))
         self._is_over = True
         for task in list(self._running):

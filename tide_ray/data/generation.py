@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class Generation:
     generator: type[Generator] | None = None
     is_draining: bool = field(default=False, init=False)
     _hurry: threading.Timer | None = field(default=None, init=False)
+    _totals: dict[str, Any] = field(default_factory=lambda: {"engines": 0}, init=False)
 
     @cached_property
     def reports(self) -> Reports:
@@ -66,6 +67,12 @@ class Generation:
     @property
     def _drain_request(self) -> DrainRequest:
         return DrainRequest(str(self.folder.scratch / "drain"))
+
+    def _totals_so_far(self) -> dict[str, Any]:
+        """The actors' totals, as they were before where a store does not answer: it may do so the next time."""
+        with suppress(OSError):
+            self._totals = self.reports.totals()
+        return self._totals
 
     def run(self, todo: StoragePath, num_left: int, *, num_rows: int, spare_errors: int | None) -> dict[str, Any]:
         """Generate the rows in ``todo`` and commit them. Returns facts about the engines and their work.
@@ -82,7 +89,7 @@ class Generation:
             display = display_for(
                 self.console, total=num_rows, done=done, log=self._log_progress if log_format == "json" else None
             )
-            progress = JobProgress(display, total=num_rows, done=done, read=self.reports.totals)
+            progress = JobProgress(display, total=num_rows, done=done, read=self._totals_so_far)
             with quiet_ray(is_verbose=is_verbose), sigterm_calls(self._on_sigterm), self._errors_watched(spare_errors):
                 dataset, sink = self._plan(todo, num_left)
                 try:
@@ -122,7 +129,7 @@ class Generation:
 
         def watch() -> None:
             while not is_over.wait(ERROR_POLL_SECONDS):
-                if self.reports.totals()["errors"] > spare_errors:
+                if self._totals_so_far().get("errors", 0) > spare_errors:
                     self._drain(0.0)
                     return
 

@@ -121,18 +121,22 @@ class Bucket:
 def _open_store(url: str) -> ObjectStore:
     if not url.startswith("s3://"):
         return from_url(url, retry_config=RETRIES)
+    return S3Store(urlsplit(url).netloc, retry_config=RETRIES, **aws())
+
+
+@cache
+def aws() -> dict[str, Any]:
+    """Where this process finds S3 and who it is there, as S3Store takes it."""
     session = boto3.session.Session()
     if session.get_credentials() is None:
-        raise PermissionError(errno.EACCES, "no AWS credentials (variables, profile or role) were found", url)
+        raise PermissionError(errno.EACCES, "no AWS credentials (variables, profile or role) were found")
     endpoint = session.client("s3").meta.endpoint_url
-    host = urlsplit(endpoint).hostname or ""
-    return S3Store(
-        urlsplit(url).netloc,
-        credential_provider=Boto3CredentialProvider(session),
-        client_options={"allow_http": endpoint.startswith("http://")},
-        retry_config=RETRIES,
-        **({} if host.endswith(AMAZON) else {"endpoint": endpoint}),
-    )
+    is_amazon = (urlsplit(endpoint).hostname or "").endswith(AMAZON)
+    return {
+        "credential_provider": Boto3CredentialProvider(session),
+        "client_options": {"allow_http": endpoint.startswith("http://")},
+        **({} if is_amazon else {"endpoint": endpoint}),
+    }
 
 
 def _facts(meta: ObjectMeta) -> ObjectFacts:
