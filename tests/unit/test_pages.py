@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,48 +10,15 @@ from xml.etree import ElementTree
 import pytest
 
 from exit_helpers import make_certificate, make_routers
+from pages import Page, words
 from references import loaded
 from tide_ray.calibrate import figures
 from tide_ray.calibrate.pages import write_evaluation_page, write_report, write_sweep_page
 from tide_ray.exits.checkpoint import add_certificates
+from tide_ray.pages.drawing import COLOURS
 from tiny_models import build_tiny_model
 
 EVIL = "<script>alert(1)</script> costs $1$ & [bold]more"
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, and the text."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(file.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def images(self) -> list[ElementTree.Element]:
-        """The figures, parsed."""
-        sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
-        assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
-        return [ElementTree.fromstring(base64.b64decode(source.partition(",")[2])) for source in sources]
-
-    def check_needs_nothing_else(self) -> None:
-        assert not {tag for tag, _ in self.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
-        for tag, attributes in self.tags:
-            assert not any(name.startswith("on") for name in attributes)
-            if tag == "a":
-                assert not re.match("[a-z]+:|//", attributes["href"] or "")
-        policy = next(a["content"] for t, a in self.tags if t == "meta" and "http-equiv" in a)
-        assert (policy or "").startswith("default-src 'none'")
-
-
-def words(svg: ElementTree.Element) -> str:
-    return " ".join("".join(text.itertext()) for text in svg.iter("{http://www.w3.org/2000/svg}text"))
 
 
 def candidate(depth: int, share: float) -> dict[str, Any]:
@@ -172,7 +136,7 @@ def test_the_page_of_an_evaluation_has_its_table_and_its_plot(tmp_path: Path) ->
 def test_the_same_facts_make_the_same_figure_and_only_other_rules_are_hollow() -> None:
     svg = figures.quality_and_speed(variants())
     assert svg == figures.quality_and_speed(variants())
-    own, baseline = (colour.lower() for colour in figures.COLOURS[:2])
+    own, baseline = (colour.lower() for colour in COLOURS[:2])
     assert f"fill: #ffffff; stroke: {baseline}" in svg.decode()
     assert f"fill: #ffffff; stroke: {own}" not in svg.decode()
     assert "full depth again" in words(ElementTree.fromstring(svg)), "the noise floor"

@@ -1,42 +1,16 @@
-"""Figures of reports: plain facts in, SVG out, by matplotlib without a display."""
+"""Figures of calibration reports: plain facts in, SVG out."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, told apart with any colour vision."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SIZE = (6.4, 4.0)
-_STYLE: dict[Any, Any] = {  # older releases type the keys as plain strings, newer ones each by its name
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "tide-ray",  # the same facts make the same bytes
-    "text.parse_math": False,  # names may have dollars in them
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 10,
-}
-
-
-def data_uri(svg: bytes) -> str:
-    """An SVG as the source of an image, which runs no script and fetches nothing."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
+from tide_ray.pages.drawing import COLOURS, drawn, look
 
 
 def depth_profile(profile: Mapping[str, Sequence[float]], candidates: Sequence[Mapping[str, Any]]) -> bytes:
     """Agreement with full depth and cosine with its state by depth; the exit heads' agreement where there are some."""
-    with _drawn("depth (layers run)", "share of tokens, cosine") as (axes, svg):
+    with drawn("depth (layers run)", "share of tokens, cosine") as (axes, svg):
         if profile:
             axes.plot(profile["depth"], profile["lens_agreement"], label="top-1 without an exit head", color=COLOURS[1])
             axes.plot(profile["depth"], profile["cosine"], "--", label="cosine with the final state", color=COLOURS[6])
@@ -49,11 +23,11 @@ def depth_profile(profile: Mapping[str, Sequence[float]], candidates: Sequence[M
 
 def reliability(candidates: Sequence[Mapping[str, Any]]) -> bytes:
     """How often exits were right by the gate's score; on the diagonal a score is a probability."""
-    with _drawn("gate score", "share right, here and later") as (axes, svg):
+    with drawn("gate score", "share right, here and later") as (axes, svg):
         axes.plot([0, 1], [0, 1], ":", color="#888888")
         for number, row in enumerate(candidates):
             scores, shares, _ = zip(*row["reliability"], strict=True)
-            axes.plot(scores, shares, label=f"depth {row['depth']} (ECE {row['ece']:.3f})", **_look(number))
+            axes.plot(scores, shares, label=f"depth {row['depth']} (ECE {row['ece']:.3f})", **look(number))
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.legend()
@@ -62,11 +36,11 @@ def reliability(candidates: Sequence[Mapping[str, Any]]) -> bytes:
 
 def coverage(candidates: Sequence[Mapping[str, Any]]) -> bytes:
     """Precision among the surest tokens by how many of them leave, ranked by gate and by the head's probability."""
-    with _drawn("coverage: share of tokens that leave", "precision: share of them that is right") as (axes, svg):
+    with drawn("coverage: share of tokens that leave", "precision: share of them that is right") as (axes, svg):
         for number, row in enumerate(candidates):
-            curve, look = row["coverage"], _look(number)
-            axes.plot(curve["share"], curve["by_gate"], label=f"depth {row['depth']}, gate", **look)
-            axes.plot(curve["share"], curve["by_probability"], ":", color=look["color"], label="  by probability")
+            curve, one = row["coverage"], look(number)
+            axes.plot(curve["share"], curve["by_gate"], label=f"depth {row['depth']}, gate", **one)
+            axes.plot(curve["share"], curve["by_probability"], ":", color=one["color"], label="  by probability")
         axes.set_xlim(0, 1)
         axes.legend()
     return svg.getvalue()
@@ -74,18 +48,18 @@ def coverage(candidates: Sequence[Mapping[str, Any]]) -> bytes:
 
 def quality_and_speed(variants: Sequence[Mapping[str, Any]]) -> bytes:
     """Agreement with full depth against realised speed, with intervals; full depth against itself is the noise."""
-    with _drawn("realised speed over full depth", "agreement with full depth, %") as (axes, svg):
+    with drawn("realised speed over full depth", "agreement with full depth, %") as (axes, svg):
         floor = next((row for row in variants if "speed" not in row and "disagreement" in row), None)
         if floor is not None:
             axes.axhline(_agreement(floor)[0], linestyle=":", color="#888888", label=str(floor["name"]))
         measured = [row for row in variants if "speed" in row and "disagreement" in row]
         for number, row in enumerate(measured):
             (x, left, right), (y, low, high) = row["speed"], _agreement(row)
-            look = _look(number)
+            one = look(number)
             is_baseline = row.get("is_baseline", False)
             axes.errorbar(
                 [x], [y], xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]], label=str(row["name"]),
-                fmt=look["marker"], color=look["color"], mfc="white" if is_baseline else look["color"], capsize=2,
+                fmt=one["marker"], color=one["color"], mfc="white" if is_baseline else one["color"], capsize=2,
             )  # fmt: skip
         axes.axvline(1.0, color="#888888", linewidth=0.8)
         axes.legend(fontsize=8)
@@ -94,11 +68,11 @@ def quality_and_speed(variants: Sequence[Mapping[str, Any]]) -> bytes:
 
 def agreement_of_models(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Agreement through exit heads by depth as a share of each model's layers."""
-    with _drawn("depth, share of the model's layers", "top-1 as full depth's") as (axes, svg):
+    with drawn("depth, share of the model's layers", "top-1 as full depth's") as (axes, svg):
         for number, row in enumerate(rows):
             depths = sorted(map(int, row["agreement"]))
             shares = [depth / row["num_layers"] for depth in depths]
-            axes.plot(shares, [row["agreement"][str(d)] for d in depths], label=str(row["name"]), **_look(number))
+            axes.plot(shares, [row["agreement"][str(d)] for d in depths], label=str(row["name"]), **look(number))
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.legend(fontsize=8)
@@ -108,21 +82,3 @@ def agreement_of_models(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def _agreement(row: Mapping[str, Any]) -> tuple[float, float, float]:
     mean, low, high = (100 * (1 - share) for share in row["disagreement"])
     return mean, high, low
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-
-
-@contextmanager
-def _drawn(xlabel: str, ylabel: str) -> Iterator[tuple[Axes, io.BytesIO]]:
-    """Axes to draw on; the SVG is there once the block has ended."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        svg = io.BytesIO()
-        yield axes, svg
-        figure.savefig(svg, format="svg", metadata={"Date": None})

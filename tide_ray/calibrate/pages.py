@@ -1,16 +1,13 @@
-"""Reports as pages: one file each, which needs nothing else and no network; names and values are escaped."""
+"""Reports of calibration, sweeps and evaluation as pages."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tide_ray.calibrate import figures
 from tide_ray.calibrate.report import MIN_CEILING, baselines_words, best_boundary, screened_out_words, verdict
@@ -23,6 +20,8 @@ from tide_ray.calibrate.tables import (
     sweep_table,
 )
 from tide_ray.exits.checkpoint import Routers
+from tide_ray.pages.drawing import data_uri
+from tide_ray.pages.page import write_page
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -68,11 +67,11 @@ def report_facts(routers: Routers) -> dict[str, Any]:
             "screened_out": screened_out_words(metrics),
             "verdict": verdict(metrics, routers.depths),
             "is_poor": best["exits"][level]["ceiling"] < MIN_CEILING,
-            "depth_profile": figures.data_uri(profile),
+            "depth_profile": data_uri(profile),
         }
     if candidates and "reliability" in candidates[0]:
-        page["reliability"] = figures.data_uri(figures.reliability(candidates))
-        page["coverage"] = figures.data_uri(figures.coverage(candidates))
+        page["reliability"] = data_uri(figures.reliability(candidates))
+        page["coverage"] = data_uri(figures.coverage(candidates))
     if "kv_policies" in metrics:
         page["kv_policies"] = kv_policies_table(metrics["kv_policies"])
     return page
@@ -83,7 +82,7 @@ def write_sweep_page(folder: str | os.PathLike[str], rows: Sequence[Mapping[str,
     done = [row for row in rows if "exit_share" in row]
     page = {
         "table": sweep_table(rows),
-        "figure": figures.data_uri(figures.agreement_of_models(done)) if done else None,
+        "figure": data_uri(figures.agreement_of_models(done)) if done else None,
         "models": [{**row, "link": f"{quote(str(row['name']))}/{PAGE_FILE}"} for row in done],
         "failed": [row for row in rows if row.get("error")],
     }
@@ -95,26 +94,11 @@ def write_evaluation_page(file: str | os.PathLike[str], facts: Mapping[str, Any]
     page = {
         "table": evaluation_table(facts),
         "baselines": baselines_words(facts),
-        "figure": figures.data_uri(figures.quality_and_speed(facts["variants"])),
+        "figure": data_uri(figures.quality_and_speed(facts["variants"])),
         "facts": facts,
     }
     return _write(Path(file), "evaluation.html", page)
 
 
 def _write(file: Path, template: str, page: Mapping[str, Any]) -> Path:
-    """The file appears complete or not at all."""
-    environment = Environment(
-        loader=PackageLoader("tide_ray.calibrate"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(template).render(**page, version=version("tide-ray"))
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return file
+    return write_page(file, "tide_ray.calibrate", template, page)
