@@ -196,6 +196,7 @@ class RequestOutput:
     """What became of one request, whole or a delta of it. ``error`` is empty unless the request was rejected.
 
     ``num_cached_tokens``: prompt tokens of the first completion whose K/V came from the prefix cache.
+    ``unix_time_us``: when this was.
     """
 
     request_id: str
@@ -207,6 +208,7 @@ class RequestOutput:
     queue_time_us: int = 0
     total_time_us: int = 0
     num_cached_tokens: int = 0
+    unix_time_us: int = 0
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -181,3 +182,13 @@ def test_launches_far_faster_than_measured_still_leave_a_plan() -> None:
         planner.took([0, 1], 4, 1e-6)
     assert max(planner.time_factors) < 0.05
     assert planner.plan(4).rate > 0
+
+
+def test_costs_are_the_same_from_run_records() -> None:
+    measured = EngineCosts(
+        stages=(CostCurve((1, 8), (0.001, 0.0025)), CostCurve((1, 8), (0.002, 0.0035))),
+        gates=(CostCurve((1, 8), (1e-6, 2e-6)),),
+        exits=(CostCurve((1, 8), (3e-6, 4e-6)),),
+        head=CostCurve((1, 8), (1e-4, 2e-4)),
+    )
+    assert EngineCosts.from_json(json.loads(json.dumps(measured.to_json()))) == measured

@@ -100,7 +100,7 @@ def test_run_facts_are_in_the_metadata_of_every_part(tmp_path: Path) -> None:
         assert metadata[b"tide_ray.model"] == b"late"
         assert metadata[b"tide_ray.device"] == b"cpu"
         assert metadata[b"tide_ray.sampling"] == b'{"max_tokens": 3}'
-        assert metadata[b"tide_ray.schema_version"] == b"2"
+        assert metadata[b"tide_ray.schema_version"] == b"3"
         assert b"tide_ray.revision" not in metadata
 
 

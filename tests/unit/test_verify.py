@@ -160,3 +160,19 @@ def test_status_tells_finished_stopped_and_running_jobs_apart(tmp_path: Path, jo
         )  # fmt: skip
         assert status["rows_per_second"] > 0
         assert "1 engines, " in told(folder.path)
+
+
+def test_a_job_of_an_older_schema_version_is_whole_without_the_columns_that_came_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tide_ray.data.run_facts.SCHEMA_VERSION", "2")
+    folder, snapshot = start(tmp_path / "out", write_prompts(tmp_path / "prompts.jsonl"))
+    facts = folder.fields()
+    folder.write_bad_rows(folder.committed(), facts)
+    rows = result_rows(all_ids(folder)[:5])
+    write_part(folder.scratch, part(folder), [rows.drop_columns(["finished_at"])], facts)
+    folder.finish({}, folder.check_complete(snapshot, folder.committed()))
+    assert verify_job(folder.path).problems == []
+    job_file = folder.path / "_job.json"
+    job_file.write_text(json.dumps({**facts, "schema_version": "3"}))
+    assert verify_job(folder.path).problems == ["data/part-a.parquet: its schema is not the job's"]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tide_ray.data.job_config import GenerateJobConfig
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 METADATA_PREFIX = "tide_ray."
 ERROR_COLUMN = "__inference_error__"
 KEPT_PREFIX = "kept__"
@@ -66,9 +66,11 @@ OUTPUT_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("queue_time_us", pa.int64()),
         ("total_time_us", pa.int64()),
+        ("finished_at", pa.timestamp("us")),
     ]
 )
-"""One row per prompt. The three lists have equal length; ``exit_layers`` holds depths, times are microseconds."""
+"""One row per prompt. The three lists have equal length; ``exit_layers`` holds depths, times are microseconds, and
+``finished_at`` is UTC by the clock of the node that answered."""
 
 ATTEMPTS_COLUMN = "attempts"
 ERROR_SCHEMA = pa.schema(
@@ -85,6 +87,14 @@ ERROR_SCHEMA = pa.schema(
 ``stage`` is ``input`` (never reached an engine), ``generate`` (the engine refused it) or ``process`` (its process died
 of it); ``attempts`` counts how often it was tried; ``input`` is the prompt's text, or JSON of messages or token ids.
 """
+
+ADDED_IN = {ATTEMPTS_COLUMN: 2, "finished_at": 3}
+"""The schema version that a column came with; 1 for those that are not here. Columns are added and never change."""
+
+
+def as_of(schema: pa.Schema, version: str) -> pa.Schema:
+    """The columns that files of a schema version have of ``schema``."""
+    return pa.schema([column for column in schema if ADDED_IN.get(column.name, 1) <= int(version)])
 
 
 def with_metadata(schema: pa.Schema, facts: Mapping[str, Any]) -> pa.Schema:

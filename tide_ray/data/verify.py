@@ -16,7 +16,7 @@ from tide_ray.data.job_folder import JobFolder
 from tide_ray.data.manifest import PartRecord, load_manifest, part_files
 from tide_ray.data.parts import DATA_FOLDER, KINDS, is_intact, part_checksum
 from tide_ray.data.reading import fetched
-from tide_ray.data.schema import ERROR_SCHEMA, METADATA_PREFIX, OUTPUT_SCHEMA
+from tide_ray.data.schema import ERROR_SCHEMA, METADATA_PREFIX, OUTPUT_SCHEMA, as_of
 from tide_ray.data.snapshot import read_rows
 from tide_ray.data.storage import StoragePath, name_below
 
@@ -119,7 +119,7 @@ def _check_table(
 ) -> list[str]:
     problems = []
     schema = table.schema.remove_metadata()
-    wanted = OUTPUT_SCHEMA if kind == DATA_FOLDER else ERROR_SCHEMA
+    wanted = as_of(OUTPUT_SCHEMA if kind == DATA_FOLDER else ERROR_SCHEMA, job["schema_version"])
     if pa.schema(list(schema)[: len(wanted)]) != wanted or schema != (data_schema if kind == DATA_FOLDER else wanted):
         return [f"{name}: its schema is not the job's"]
     source = (table.schema.metadata or {}).get((METADATA_PREFIX + "input_sha256").encode())

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tide_ray.engine.speculation import MAX_DRAFTS
 
@@ -78,6 +79,24 @@ class EngineCosts:
             exits=tuple(exit_.scaled(common) for exit_ in self.exits),
             head=self.head.scaled(common),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """For run records; seconds to the nanosecond."""
+        curves = {"stages": self.stages, "gates": self.gates, "exits": self.exits, "head": (self.head,)}
+        return {
+            "rows": list(self.head.rows),
+            **{name: [[round(t, 9) for t in curve.seconds] for curve in some] for name, some in curves.items()},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EngineCosts:
+        """What ``to_json`` wrote of curves that were measured at the same numbers of rows."""
+        rows = tuple(values["rows"])
+        parts = {
+            name: tuple(CostCurve(rows, tuple(seconds)) for seconds in values[name])
+            for name in ("stages", "gates", "exits", "head")
+        }
+        return cls(parts["stages"], parts["gates"], parts["exits"], parts["head"][0])
 
     def without_overheads(self) -> EngineCosts:
         """Gates and exits for nothing: what bounds any engine with these stages."""

@@ -20,7 +20,7 @@ from tide_ray.config import EngineConfig
 from tide_ray.engine.admission import RequestMaker, as_list, params_for_each
 from tide_ray.engine.committer import Committer
 from tide_ray.engine.deltas import Deltas
-from tide_ray.engine.exit_setup import certificate_of, describe_exits, install_exits, load_routers
+from tide_ray.engine.exit_setup import certificate_of, describe_costs, describe_exits, install_exits, load_routers
 from tide_ray.engine.launch import Launch
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.prefix_cache import PrefixCache
@@ -315,6 +315,7 @@ class TideEngine:
             "mode": config.mode,
             "policy": "router" if self.routers is not None and config.policy == "auto" else config.resolved_policy,
             "exits": self.describe_exits(),
+            "costs": describe_costs(self.runner),
             "stages": [
                 {"name": stage.name, "layers": list(stage.layers), "depth": stage.depth} for stage in self.runner.stages
             ],

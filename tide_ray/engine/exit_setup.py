@@ -90,6 +90,11 @@ def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner
     }
 
 
+def describe_costs(runner: Runner) -> dict[str, Any] | None:
+    """What launches were measured to cost at start-up, for run records; None where nothing was measured."""
+    return None if runner.planner is None or runner.planner.costs is None else runner.planner.costs.to_json()
+
+
 def build_exits(
     config: EngineConfig, routers: Routers, adapter: Adapter, pools: KVCache, stats: EngineStats
 ) -> BoundaryExits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,7 @@ def request_output(request: Request, outputs: list[CompletionOutput], *, finishe
         queue_time_us=admitted - request.arrival_us,
         total_time_us=now_us() - request.arrival_us,
         num_cached_tokens=request.sequences[0].num_cached_tokens,
+        unix_time_us=time.time_ns() // 1000,
     )
 
 
