@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests: few threads, the demo model's folder, and one saved tiny model."""
+"""Fixtures shared by all tests: few threads, the demo model's folder, one saved tiny model, and a browser."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from tide_ray.models.demo import demo_model_path
 from tiny_models import save_tiny_model
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
     from object_store import S3Server
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -68,3 +71,27 @@ def bucket(object_store: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with a tokenizer. Shared: copy it before changing it."""
     return save_tiny_model("llama", tmp_path_factory.mktemp("tiny_llama"), with_tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The machine's own Chromium: playwright's would have to be downloaded."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("no chromium in CI; .ci/run installs it")
+        pytest.skip("needs chromium (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    made = browser.new_page(viewport={"width": 900, "height": 900})
+    made.set_default_timeout(20_000)
+    yield made
+    made.close()

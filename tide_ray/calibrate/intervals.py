@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from tide_ray.calibrate.certify_pvalues import binomial_cdf
 BOOTSTRAPS = 1000
 TAIL = 0.025
 BISECTIONS = 60
+NORMAL_QUANTILE = 1.959963984540054
+FLIPS, FLIPS_AT_A_TIME = 10_000, 100
 
 
 def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
@@ -38,6 +41,32 @@ def exact_interval(successes: Sequence[bool]) -> list[float]:
     low = _root(lambda p: 1 - binomial_cdf(count - 1, num, p), TAIL) if count else 0.0
     high = _root(lambda p: 1 - binomial_cdf(count, num, p), 1 - TAIL) if count < num else 1.0
     return _rounded(count / num, low, high)
+
+
+def score_interval(count: int, num: int) -> list[float]:
+    """Share ``count / num``, with a 95 % interval (Wilson 1927) for any number of prompts: ``[share, low, high]``."""
+    share, z2 = count / num, NORMAL_QUANTILE**2
+    middle = (share + z2 / (2 * num)) / (1 + z2 / num)
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * num)) / num) / (1 + z2 / num)
+    return _rounded(share, max(middle - half, 0.0), min(middle + half, 1.0))
+
+
+def sign_flip_p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value that paired differences are as likely above 0 as below (Fisher 1935, Pitman 1937).
+
+    Their sum is compared with sums under random signs, the observed one counted among them (Phipson and Smyth 2010).
+    """
+    given = np.asarray(differences, dtype=float)
+    given = given[given != 0]
+    if not len(given):
+        return 1.0
+    generator = np.random.default_rng(0)
+    observed = abs(given.sum()) * (1 - 1e-12)  # the same sum in another order of adding
+    extreme = 0
+    for _ in range(FLIPS // FLIPS_AT_A_TIME):
+        signs = generator.integers(0, 2, (FLIPS_AT_A_TIME, len(given))) * 2.0 - 1
+        extreme += int((np.abs(signs @ given) >= observed).sum())
+    return (1 + extreme) / (1 + FLIPS)
 
 
 def _draws(num: int) -> np.ndarray:

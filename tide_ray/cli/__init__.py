@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tide_ray.cli import calibrate, generate, jobs, serve
+from tide_ray.cli import analytics, calibrate, generate, jobs, serve
 
 app = typer.Typer(
     name="tide-ray",
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for part in (generate, jobs, calibrate, serve):
+for part in (generate, jobs, analytics, calibrate, serve):
     app.add_typer(part.app)
 
 

@@ -156,8 +156,7 @@ def load(
 
     config = read_config(source.name, **options)
     check_supported(config)
-    has_tokenizer = source.gguf_file is not None or any(source.file(name) for name in TOKENIZER_FILES)
-    tokenizer = read_tokenizer(source.name, **options) if has_tokenizer else None
+    tokenizer = _tokenizer(source, options)
     loaded = read_model(source.name, config, torch_dtype, **options)
     eos_token_ids = _eos_token_ids(loaded, tokenizer)
     described = () if source.gguf_file is not None else ("config.json", *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
@@ -176,6 +175,18 @@ def load(
         device=torch_device,
         dtype=torch_dtype,
     )
+
+
+def load_tokenizer(
+    model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that ``load`` would find, without the weights; None when the model comes without one.
+
+    Raises:
+        UserError: the model cannot be found, or its tokenizer cannot be read.
+    """
+    source = _find(os.fspath(model), revision)
+    return _tokenizer(source, {**source.options, "trust_remote_code": trust_remote_code})
 
 
 @contextmanager
@@ -227,6 +238,11 @@ def _find(given: str, revision: str | None) -> _Source:
     if not given or _PATH_LIKE.match(given):
         raise UserError(f"model: no such folder or file, got {given!r}")
     return _find_on_hub(given, revision)
+
+
+def _tokenizer(source: _Source, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    has_tokenizer = source.gguf_file is not None or any(source.file(name) for name in TOKENIZER_FILES)
+    return read_tokenizer(source.name, **options) if has_tokenizer else None
 
 
 def _find_on_hub(name: str, revision: str | None) -> _Source:

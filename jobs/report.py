@@ -1,0 +1,13 @@
+"""Entry point for ``ray job submit -- python jobs/report.py [flags of tide-ray report]``.
+
+Runs where the output's folder is at hand; see ``--help`` for the flags.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tide_ray.cli import app
+
+if __name__ == "__main__":
+    app(["report", *sys.argv[1:]])
