@@ -1,4 +1,4 @@
-"""Commands of ``benchmark.py`` about whole systems: server, jobs under faults, scale."""
+"""Commands of ``benchmark.py`` about whole systems: server, jobs under faults, scale, analyses of the output."""
 
 from __future__ import annotations
 
@@ -141,3 +141,23 @@ def scale(
             memory_rows=row_counts,
         )
     finish("scale", machine, measured, print_scale_report, output)
+
+
+@app.command()
+def analytics(
+    tokens: Annotated[str, typer.Option(help="sizes of the outputs, separated by commas")] = "1000000,100000000",
+    model: Annotated[str, typer.Option(help="whose tokenizer gives the texts")] = "demo",
+    memory_limit: Annotated[str, typer.Option(help="what DuckDB may hold")] = "2GB",
+    num_threads: NumThreads = None,
+    output: Output = None,
+) -> None:
+    """Time and peak memory of queries and of the report, on made-up outputs."""
+    with user_errors():
+        from bench_analytics import print_analytics_report, run_analytics
+        from bench_machine import machine_facts, num_cores
+
+        machine = machine_facts(parse_positive("num_threads", num_cores() if num_threads is None else num_threads))
+        measured = run_analytics(
+            parse_numbers("tokens", tokens), memory_limit=memory_limit, threads=machine["num_threads"], model=model
+        )
+    finish("analytics", machine, measured, print_analytics_report, output)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench_memory import peak_memory_bytes
 from bench_workload import Workload
 from rich.console import Console
 from rich.table import Table
@@ -157,11 +157,7 @@ def _run_job(settings: dict[str, Any]) -> int:
         raise UserError(f"prompts: {rejected['error'][0].as_py()}")
     if code != EXIT_OK:
         raise JobError(f"the job ended with exit code {code}")
-    # Not getrusage's figure, which starts at what the parent held when it started this process.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    return peak_memory_bytes()
 
 
 def print_scale_report(facts: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ compares it with everything else that answers prompts here, and with what the ma
 forced exits, ``exits`` the speed of a router checkpoint, ``verified`` that of its drafts, ``quality`` what its exits
 cost in agreement, ``prefix`` what prompts that begin alike save, ``serving`` the server under load,
 ``faults`` what killed processes cost a job, ``scale`` what a second actor brings and what a row costs the driver's
-memory; ``kernels`` measures the GPU kernels, and ``kernel-resources`` compiles them for every architecture without a
-GPU. Prefix caching is off but in ``prefix``, ``serving``, ``faults`` and the memory of ``scale``: rounds repeat their
-prompts, and all compute them.
+memory, ``analytics`` what queries and reports take; ``kernels`` measures the GPU kernels, and ``kernel-resources``
+compiles them for every architecture without a GPU. Prefix caching is off but in ``prefix``, ``serving``, ``faults`` and
+the memory of ``scale``: rounds repeat their prompts, and all compute them.
 """
 
 from __future__ import annotations
