@@ -81,7 +81,6 @@ def faults(
     dtype: Dtype = "auto",
     max_tokens: AnswerTokens = 48,
     max_num_seqs: Annotated[int, typer.Option(help="resident sequences of an actor")] = 8,
-    step_seconds: Annotated[float, typer.Option(help="the least a step takes, for models too fast", min=0)] = 0.0,
     output: Output = None,
 ) -> None:
     """Jobs whose processes are killed, starved and stopped: rows lost, doubled and generated again."""
@@ -94,7 +93,6 @@ def faults(
             [name for name in scenarios.split(",") if name],
             num_rows=parse_positive("rows", rows),
             finished_rows=parse_positive("finished_rows", finished_rows),
-            step_seconds=step_seconds,
             model=model,
             dtype=dtype,
             max_tokens=parse_positive("max_tokens", max_tokens),

@@ -24,7 +24,7 @@ from tide_ray.types import JobError
 
 DRIVER = Path(__file__).with_name("bench_faults_driver.py")
 POISON, HANG = "POISON", "HANG"  # see there
-MOST_RESIDENTS, STEP_SECONDS = "TIDE_BENCH_MOST_RESIDENTS", "TIDE_BENCH_STEP_SECONDS"
+MOST_RESIDENTS, GATE, HOLD_AFTER = "TIDE_BENCH_MOST_RESIDENTS", "TIDE_BENCH_GATE", "TIDE_BENCH_HOLD_AFTER"
 POLL_SECONDS = 0.02
 MOST_SECONDS = 240.0
 STORE_BYTES = 80 << 20  # of each node's object store; Ray takes no less than 75 MiB
@@ -116,6 +116,19 @@ class Job:
     @property
     def out(self) -> Path:
         return self.folder / "out"
+
+    @property
+    def gate(self) -> Path:
+        return self.folder / "gate"
+
+    def hold_at(self, num_rows: int) -> None:
+        """Let the engines wait, once so many rows can be committed and before all are answered, for ``go_on``."""
+        batch = self.settings["batch_size"]
+        each = -(-num_rows // (self.settings["num_actors"] * batch)) * batch + batch  # a batch may not be complete
+        self.environment |= {GATE: str(self.gate), HOLD_AFTER: str(each)}
+
+    def go_on(self) -> None:
+        self.gate.touch()
 
     def command(self, **settings: Any) -> list[str]:
         """What starts an attempt, with other settings if need be."""

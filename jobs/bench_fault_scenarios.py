@@ -43,13 +43,12 @@ class Bench:
     num_rows: int
     finished_rows: int
     settings: dict[str, Any]
-    environment: dict[str, str]
     jobs: list[Job] = field(default_factory=list)
 
     def job(self, name: str, prompts: list[dict[str, Any]] | None = None, **settings: Any) -> Job:
         rows = prompts or [{"prompt": f"Say something about the number {i}."} for i in range(self.num_rows)]
         settings = {**self.settings, "address": self.cluster.address, **settings}
-        job = Job(self.scratch / name, rows, settings, dict(self.environment))
+        job = Job(self.scratch / name, rows, settings)
         self.jobs.append(job)
         return job
 
@@ -86,9 +85,11 @@ def measured(
 def driver_killed(share: float) -> Callable[[Bench, str], dict[str, Any]]:
     def scenario(bench: Bench, name: str) -> dict[str, Any]:
         job = bench.job(name)
+        job.hold_at(int(bench.num_rows * share))
         first = job.start()
         job.wait_for_rows(int(bench.num_rows * share), first)
         job.kill(first)
+        job.go_on()
         at_kill = job.committed()
         again = job.start()
         recovery = job.seconds_to_next_part(again)
@@ -99,10 +100,12 @@ def driver_killed(share: float) -> Callable[[Bench, str], dict[str, Any]]:
 
 def actor_killed(bench: Bench, name: str) -> dict[str, Any]:
     job = bench.job(name)
+    job.hold_at(bench.num_rows // 4)
     process = job.start()
     job.wait_for_rows(bench.num_rows // 4, process)
     wait_until(lambda: bool(job.busy_actors()), "an actor had rows in progress", process)
     os.kill(job.busy_actors()[0], signal.SIGKILL)
+    job.go_on()
     recovery = job.seconds_to_next_part(process)
     return measured(job, [job.end(process)], recovery)
 
@@ -110,11 +113,13 @@ def actor_killed(bench: Bench, name: str) -> dict[str, Any]:
 def raylet_killed(bench: Bench, name: str) -> dict[str, Any]:
     """The second node dies with the actor on it. Another node takes its place for the scenarios that follow."""
     job = bench.job(name)
+    job.hold_at(bench.num_rows // 4)
     (node,) = bench.cluster.worker_nodes
     process = job.start()
     job.wait_for_rows(bench.num_rows // 4, process)
     num_there = sum(is_child(pid, raylet_pid(node)) for pid in job.busy_actors())
     os.kill(raylet_pid(node), signal.SIGKILL)
+    job.go_on()
     try:
         recovery = job.seconds_to_next_part(process)
         return measured(job, [job.end(process)], recovery, busy_actors_there=num_there)
@@ -155,11 +160,14 @@ def bad_rows(bench: Bench, name: str) -> dict[str, Any]:
 
 def terminated(bench: Bench, name: str) -> dict[str, Any]:
     job = bench.job(name)
+    job.hold_at(bench.num_rows // 3)
     process = job.start()
     job.wait_for_rows(bench.num_rows // 3, process)
     num_begun = job.reported()["started"]
     start = time.monotonic()
     process.terminate()
+    wait_until(lambda: any(job.out.glob("_tmp/*/drain*")), "the job asked its workers to stop", process)
+    job.go_on()
     code = job.end(process)
     seconds, num_committed = time.monotonic() - start, job.committed()
     again = job.start()
@@ -171,10 +179,12 @@ def terminated(bench: Bench, name: str) -> dict[str, Any]:
 
 def two_drivers(bench: Bench, name: str) -> dict[str, Any]:
     job = bench.job(name)
+    job.hold_at(1)
     first = job.start()
     job.wait_for_rows(1, first)
     second = job.start()
     _, message = second.communicate(timeout=MOST_SECONDS)
+    job.go_on()
     if "is owned by process" not in message:
         raise JobError(f"{name}: the second driver said {message!r}")
     return measured(job, [job.end(first), second.returncode], None)
@@ -186,9 +196,11 @@ def driver_suspended(bench: Bench, name: str) -> dict[str, Any]:
     Its lock is made to look like that of another machine, where only the heartbeat can be seen.
     """
     job = bench.job(name)
+    job.hold_at(bench.num_rows // 3)
     first = job.start()
     job.wait_for_rows(bench.num_rows // 3, first)
     os.kill(first.pid, signal.SIGSTOP)
+    job.go_on()
     num_begun = job.reported()["started"]
     lock = job.out / "_lock"
     lock.write_text(json.dumps({**json.loads(lock.read_text(encoding="utf-8")), "host": "elsewhere"}), encoding="utf-8")

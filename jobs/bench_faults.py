@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_fault_runs import STEP_SECONDS, two_nodes
+from bench_fault_runs import two_nodes
 from bench_fault_scenarios import SCENARIOS, Bench
 from rich.console import Console
 from rich.table import Table
@@ -25,14 +25,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run_faults(
-    scenarios: list[str], *, num_rows: int, finished_rows: int, step_seconds: float, **settings: Any
-) -> dict[str, Any]:
+def run_faults(scenarios: list[str], *, num_rows: int, finished_rows: int, **settings: Any) -> dict[str, Any]:
     """Run the scenarios by name, all of them when there are none.
 
     Args:
         num_rows: prompts of each job, ``finished_rows`` of the one that is run again after it is finished.
-        step_seconds: no step of an engine takes less, so that a fast model's job is not over before its fault.
         settings: of the jobs.
     """
     for name in scenarios:
@@ -40,13 +37,12 @@ def run_faults(
             raise UserError(f"scenarios must be of {', '.join(SCENARIOS)}, got {name!r}")
     results = []
     defaults = {"num_actors": 2, "batch_size": 8, "rows_per_part": 8, "ignore_eos": True, "num_threads": 1}
-    environment = {STEP_SECONDS: str(step_seconds)}
     with tempfile.TemporaryDirectory(prefix="faults", ignore_cleanup_errors=True) as scratch, two_nodes() as cluster:
-        bench = Bench(cluster, Path(scratch), num_rows, finished_rows, {**defaults, **settings}, environment)
+        bench = Bench(cluster, Path(scratch), num_rows, finished_rows, {**defaults, **settings})
         for name in scenarios or SCENARIOS:
             results.append({"scenario": name, **_outcome(bench, name)})
             print(results[-1], file=sys.stderr, flush=True)
-    return {**defaults, **settings, "prompts": num_rows, "step_seconds": step_seconds, "scenarios": results}
+    return {**defaults, **settings, "prompts": num_rows, "scenarios": results}
 
 
 def _outcome(bench: Bench, name: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """A generation job whose engine can be made to fail by what a prompt says; see ``bench_faults``.
 
 ``python jobs/bench_faults_driver.py JOB.yaml``: the engine is the real one, but a prompt with the word POISON kills the
-process like the kernel's out-of-memory killer, HANG lets no step return, and by environment variables more residents
-than allowed ask for more memory than there is, and no step takes less time than said. Ray's workers get the class by
-value, so this file must be the program that runs.
+process like the kernel's out-of-memory killer, and HANG lets no step return. By environment variables more residents
+than allowed ask for more memory than there is, and engines wait for a file once they have answered so many rows: a
+fast model's job was over before the fault that should strike it. Ray's workers get the class by value, so this file
+must be the program that runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import typer
-from bench_fault_runs import HANG, MOST_RESIDENTS, POISON, STEP_SECONDS
+from bench_fault_runs import GATE, HANG, HOLD_AFTER, MOST_RESIDENTS, POISON
 
 from tide_ray.cli.errors import errors_as_exit_codes
 from tide_ray.config import EngineConfig
@@ -28,13 +29,15 @@ from tide_ray.types import Prompt, SamplingParams
 
 # The driver's variables: workers have their node's.
 most_residents = int(os.environ.get(MOST_RESIDENTS, "1000000"))
-step_seconds = float(os.environ.get(STEP_SECONDS, "0"))
+gate = os.environ.get(GATE, "/")  # which is there
+hold_after = int(os.environ.get(HOLD_AFTER, "1000000"))
 
 
 class FaultyEngine(TideEngine):
     """Fails where it is told to."""
 
     hangs = False
+    num_answered = 0
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, **options: Any) -> None:
         text = str(prompt)
@@ -48,9 +51,10 @@ class FaultyEngine(TideEngine):
             time.sleep(1)
         if len(self.scheduler.residents) > most_residents:
             torch.empty(1 << 46, dtype=torch.uint8)  # fails as a real allocation does
-        start = time.monotonic()
+        while self.num_answered >= hold_after and not os.path.exists(gate):
+            time.sleep(0.01)
         results = super().step()
-        time.sleep(max(0.0, step_seconds - (time.monotonic() - start)))
+        self.num_answered += len(results)
         return results
 
 

@@ -128,9 +128,10 @@ def test_a_job_on_a_bucket_that_is_killed_at_a_third_goes_on_and_has_every_row_o
         **SETTINGS, "model": str(tiny_llama_folder), "prompts": [f"{bucket}/prompts.jsonl"], "output": str(out),
         "max_tokens": 8, "batch_size": 4, "rows_per_part": 4, "max_num_seqs": 4, "address": nodes.address,
     }  # fmt: skip
-    # The benchmark's driver can hold steps to a pace: a tiny model's job would be over before it is killed.
+    # The engine of the benchmark's driver waits for a file: a tiny model's job would be over before it is killed.
     command = [sys.executable, ROOT / "jobs" / "bench_faults_driver.py", tmp_path / "job.yaml"]
-    environment = {**nodes.environment, "TIDE_BENCH_STEP_SECONDS": "0.05"}
+    gate = tmp_path / "gate"
+    environment = {**nodes.environment, "TIDE_BENCH_GATE": str(gate), "TIDE_BENCH_HOLD_AFTER": "24"}
 
     def attempt(**more: Any) -> subprocess.Popen[str]:
         (tmp_path / "job.yaml").write_text(yaml.safe_dump({**settings, **more}))
@@ -144,6 +145,7 @@ def test_a_job_on_a_bucket_that_is_killed_at_a_third_goes_on_and_has_every_row_o
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    gate.touch()
     killed = JobFolder.existing(out)
     kept = {path.name: path.stat().version for path in (out / "data").glob("*.parquet")}
     assert killed.finished() is None
