@@ -159,6 +159,7 @@ class Lease:
         self._file = _lock_file(folder)
         self._stop = threading.Event()
         self._is_lost = False
+        self.wakes_by = signal.SIGINT
         self._thread = threading.Thread(target=self._beat, name="tide-lease", daemon=True)
 
     @property
@@ -196,7 +197,7 @@ class Lease:
             if self._is_lost:
                 # The job's main thread waits for Ray; what it commits from here on would be refused anyway. A signal
                 # wakes it from what it waits in, where ``_thread.interrupt_main`` only has effect afterwards.
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, self.wakes_by)
                 return
 
 
@@ -210,11 +211,28 @@ def locked(folder: StoragePath, attempt: str | None = None) -> Iterator[Lease]:
         UserError: another live job owns it.
     """
     lease = Lease(folder, attempt or uuid.uuid4().hex[:12])
-    lease.start()
+    with _interrupting_signal() as lease.wakes_by:
+        lease.start()
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+
+@contextmanager
+def _interrupting_signal() -> Iterator[signal.Signals]:
+    """A signal that raises KeyboardInterrupt in the main thread.
+
+    SIGINT does not where a script started the job with ``&``: there it is ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield signal.SIGINT
+        return
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     try:
-        yield lease
+        yield signal.SIGUSR1
     finally:
-        lease.release()
+        signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
 
 
 def live_owner(folder: StoragePath) -> dict[str, Any] | None:
