@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
-from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan, expected_rate
+from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan, limits
 from tide_ray.engine.measure import measure_costs
 from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_of
@@ -169,29 +169,23 @@ def _measure(
     prompts = random_prompts(residents, full.runner.adapter.config.vocab_size)
     take_turns(contenders, prompts, tokens, rounds, min_seconds)
     base = contenders[0]
-    best = best_plan(costs, residents, [share], min_gain=0.0, min_hold_gain=0.0)
-    free = best_plan(costs.without_overheads(), residents, [share], min_gain=0.0, min_hold_gain=0.0)
+    limit = limits(costs, residents, [share])
     chosen = best_plan(costs, residents, [share])
-    off = expected_rate(costs, residents, [share], [False], [1])
-    skipped = costs.stages[1](residents) / (
-        costs.stages[0](residents) + costs.stages[1](residents) + costs.head(residents)
-    )
-    bound, free_bound = best.rate / off, free.rate / off
     speedup = contenders[-1].speedup(base)
     return {
         "residents": residents,
         "tokens_per_second": {c.name: round(c.rate, 1) for c in contenders},
         "spread": {c.name: [round(min(c.rates), 1), round(max(c.rates), 1)] for c in contenders},
         "speedup": {c.name: round(c.speedup(base), 3) for c in contenders},
-        "ceiling": round(1 / (1 - share * skipped), 3),
-        "free_bound": round(free_bound, 3),
-        "bound": round(bound, 3),
-        "bound_holds": best.holds[0],
-        "realised": round(speedup / bound, 3),
-        "realised_of_free": round(speedup / free_bound, 3),
+        "ceiling": round(limit.ceiling, 3),
+        "free_bound": round(limit.free_bound, 3),
+        "bound": round(limit.bound, 3),
+        "bound_holds": limit.plan.holds[0],
+        "realised": round(speedup / limit.bound, 3),
+        "realised_of_free": round(speedup / limit.free_bound, 3),
         "chosen_is_on": chosen.is_on[0],
         "chosen_holds": chosen.holds[0],
-        "expected_speedup": round(chosen.rate / off, 3),
+        "expected_speedup": round(chosen.rate / limit.full_rate, 3),
     }
 
 

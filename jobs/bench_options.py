@@ -6,7 +6,6 @@ torch and ray are imported only when something runs, so that help is instant.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +69,12 @@ def finish(
     facts = {"benchmark": benchmark, **machine, **measured}
     show(facts)
     if output is not None:
-        _write(Path(output), json.dumps(facts, indent=2) + "\n")
+        from tide_ray.files import appearing
+
+        path = Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as unfinished:
+            unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(facts))
 
 
@@ -103,14 +107,3 @@ def parse_numbers(name: str, text: str) -> list[int]:
         return [parse_positive(name, int(part)) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{name} must be positive integers separated by commas, got {text!r}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import datetime
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tide_ray.files import appearing
 from tide_ray.types import UserError
 
 MAX_TABLE_ROWS = 1000
@@ -93,16 +93,11 @@ def choose_format(name: str | None, output: str | None) -> str:
 @contextmanager
 def whole_file(output: str) -> Iterator[BinaryIO]:
     """A stream whose file appears complete or not at all. Raises UserError where it cannot be written."""
-    path = Path(output).expanduser()
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with unfinished.open("wb") as stream:
+        with appearing(Path(output).expanduser()) as unfinished, unfinished.open("wb") as stream:
             yield stream
-        unfinished.replace(path)
     except OSError as error:
         raise UserError(f"output: cannot write {output!r}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _is_nested(kind: pa.DataType) -> bool:

@@ -1,10 +1,8 @@
 """What exits saved one run, against full depth: layer runs counted, and time as the engine's own cost model has it.
 
-Words are the project's: the *ceiling* is the speed-up if skipping were free, 1 / (1 - sum of skipped shares of the
-measured time), where LM head and embedding are not skipped; the *bound* is that of the best launch policy in the cost
-model at the same residents, at what asking, parting rows and filling K/V were measured to cost, and the *free bound*
-if they cost nothing; *expected* is what the model says of the policy that ran. *Realised*, over the bound, takes a run
-at full depth to compare with (see ``comparison``).
+*Ceiling*, *bound* and *free bound* are the cost model's ``Limits`` at the mean number of rows that a step decoded;
+*expected* is what it says of the policy that ran. *Realised*, over the bound, takes a run at full depth to compare with
+(see ``comparison``).
 """
 
 from __future__ import annotations
@@ -78,40 +76,33 @@ def _time(
     steps = launches.get(stages[0]["name"], 0) if stages else 0
     if costs is None or not steps:
         return None, NO_COSTS
-    from tide_ray.engine.cost_model import EngineCosts, best_plan, expected_rate
+    from tide_ray.engine.cost_model import EngineCosts, expected_rate, limits
 
     curves = EngineCosts.from_json(costs)
     boundaries = exits["boundaries"]
-    shares, reach = exit_shares(depths, boundaries)
+    shares = exit_shares(depths, boundaries)
     tokens = facts.get("generated_tokens") or sum(depths.values())  # those of the run that launches were counted in
     residents = max(round(tokens / steps), 1)
-    spent = [stage(residents) for stage in curves.stages]
-    skipped = sum((1 - reached) * seconds for reached, seconds in zip(reach, spent, strict=True))
-    total = sum(spent) + curves.head(residents)
-    off = expected_rate(curves, residents, shares, [False] * len(shares), [1] * len(shares))
+    limit = limits(curves, residents, shares)
     final = (facts.get("final_exits") or [exits])[0]
     holds = [int(hold) for hold in final.get("holds") or [1] * len(shares)]
     ran = expected_rate(curves, residents, shares, [share > 0 for share in shares], holds)
-    best = best_plan(curves, residents, shares, min_gain=0.0, min_hold_gain=0.0)
-    free = best_plan(curves.without_overheads(), residents, shares, min_gain=0.0, min_hold_gain=0.0)
     return {
         "residents": residents,
-        "ceiling": total / (total - skipped),
-        "free_bound": free.rate / off,
-        "bound": best.rate / off,
-        "expected": ran / off,
-        "full_seconds": tokens / off,
-        "saved_seconds": tokens / off - tokens / ran,
+        "ceiling": limit.ceiling,
+        "free_bound": limit.free_bound,
+        "bound": limit.bound,
+        "expected": ran / limit.full_rate,
+        "full_seconds": tokens / limit.full_rate,
+        "saved_seconds": tokens / limit.full_rate - tokens / ran,
     }, ""
 
 
-def exit_shares(depths: Mapping[int, int], boundaries: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Of the tokens that reached each boundary the share that left there, and the share that reached each stage."""
-    total = sum(depths.values())
-    left, shares, reach = total, [], [1.0]
+def exit_shares(depths: Mapping[int, int], boundaries: Sequence[int]) -> list[float]:
+    """Of the tokens that reached each boundary the share that left there."""
+    left, shares = sum(depths.values()), []
     for boundary in boundaries:
         gone = depths.get(boundary, 0)
         shares.append(gone / left if left else 0.0)
         left -= gone
-        reach.append(left / total if total else 1.0)
-    return shares, reach
+    return shares

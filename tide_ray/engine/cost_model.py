@@ -213,3 +213,31 @@ def best_plan(
             if rate > max(best.rate, needed):
                 best = LaunchPlan(is_on, holds, rate)
     return best
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Speed-ups over full depth with as many residents.
+
+    ``ceiling``: skipping is free, 1 / (1 - sum of skipped shares of the time), where the head is not skipped.
+    ``bound``: of ``plan``, the best launch policy. ``free_bound``: of the best one if asking, parting rows and filling
+    K/V cost nothing.
+    """
+
+    full_rate: float
+    ceiling: float
+    free_bound: float
+    bound: float
+    plan: LaunchPlan
+
+
+def limits(costs: EngineCosts, residents: int, shares: Sequence[float]) -> Limits:
+    """What can be had at best where these shares of the rows that reach each boundary exit there."""
+    seconds = [stage(residents) for stage in costs.stages]
+    reach = itertools.accumulate(shares, lambda left, share: left * (1 - share), initial=1.0)
+    skipped = sum((1 - reached) * one for reached, one in zip(reach, seconds, strict=True))
+    total = sum(seconds) + costs.head(residents)
+    off = expected_rate(costs, residents, shares, [False] * len(shares), [1] * len(shares))
+    plan = best_plan(costs, residents, shares, min_gain=0.0, min_hold_gain=0.0)
+    free = best_plan(costs.without_overheads(), residents, shares, min_gain=0.0, min_hold_gain=0.0)
+    return Limits(off, total / (total - skipped), free.rate / off, plan.rate / off, plan)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tide_ray.exits.certificates import Certificate
 from tide_ray.exits.gates import Gate, PrefillGate
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, gate_for_inference
+from tide_ray.files import appearing
 from tide_ray.models.adapter import KVShape
 from tide_ray.models.load import LoadedModel
 from tide_ray.types import UserError
@@ -199,12 +200,8 @@ def add_certificates(
     kept = [entry for entry in raw.get("certificates", []) if (entry["epsilon"], entry["loss"]) not in replaced]
     raw["certificates"] = [*kept, *(certificate.to_json() for certificate in certificates)]
     raw["certification"] = dict(figures)
-    unfinished = path / f".{FACTS_FILE}.{os.getpid()}"
-    try:
+    with appearing(path / FACTS_FILE) as unfinished:
         _write_facts(unfinished, raw)
-        unfinished.replace(path / FACTS_FILE)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_certificates(folder: str | os.PathLike[str]) -> list[Certificate]:

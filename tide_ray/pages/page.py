@@ -5,13 +5,14 @@ A package's own ``templates`` extend ``base.html`` and use the macros of ``parts
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+from tide_ray.files import appearing
 
 
 def write_page(file: Path, package: str, template: str, page: Mapping[str, Any]) -> Path:
@@ -24,10 +25,6 @@ def write_page(file: Path, package: str, template: str, page: Mapping[str, Any])
         lstrip_blocks=True,
     )
     text = environment.get_template(template).render(**page, version=version("tide-ray"))
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with appearing(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return file
