@@ -17,6 +17,7 @@ from bench_options import (
     NumThreads,
     Output,
     Rounds,
+    ShapeOrModel,
     Shots,
     finish,
     parse_numbers,
@@ -155,11 +156,48 @@ def prefix(
 
 
 @app.command()
+def decode(
+    residents: Annotated[str, typer.Option(help="resident sequences, separated by commas")] = "1,8,32,128",
+    model: ShapeOrModel = "demo",
+    dtype: Dtype = "auto",
+    hf: Annotated[str, typer.Option(help="HF generate as well: none, eager or compiled")] = "eager",
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of each prompt")] = 64,
+    tokens: Annotated[int, typer.Option(help="tokens per resident in each run")] = 64,
+    rounds: Rounds = 3,
+    num_threads: NumThreads = None,
+    output: Output = None,
+) -> None:
+    """Steps that decode at full depth: the engine, HF generate, and what the machine allows."""
+    with user_errors():
+        from bench_decode import run_decode
+        from bench_machine import machine_facts, num_cores
+        from bench_report import print_decode_report
+
+        from tide_ray.types import UserError
+
+        if hf not in ("none", "eager", "compiled"):
+            raise UserError(f"hf must be one of none, eager, compiled, got {hf!r}")
+        machine = machine_facts(num_threads or num_cores())
+        measured = run_decode(
+            model=model,
+            dtype=dtype,
+            residents=parse_numbers("residents", residents),
+            prompt_tokens=parse_positive("prompt_tokens", prompt_tokens),
+            tokens=parse_positive("tokens", tokens),
+            rounds=parse_positive("rounds", rounds),
+            hf=hf,
+            num_threads=machine["num_threads"],
+        )
+    finish("decode", machine, measured, print_decode_report, output)
+
+
+@app.command()
 def kernels(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
     rows: Annotated[str, typer.Option(help="numbers of rows, separated by commas")] = "1,8,32,128,512",
     hidden: Annotated[int, typer.Option(help="width of a row")] = 4096,
     context: Annotated[int, typer.Option(help="tokens that each row attends to")] = 4096,
+    torch_rows: Annotated[str | None, typer.Option(help="numbers of rows that torch gets, too; default: all")] = None,
     output: Output = None,
 ) -> None:
     """GPU kernels replayed from graphs: share of copy bandwidth, beside torch eager and torch.compile."""
@@ -173,6 +211,7 @@ def kernels(
             rows=parse_numbers("rows", rows),
             hidden=parse_positive("hidden", hidden),
             context=parse_positive("context", context),
+            torch_rows=None if torch_rows is None else parse_numbers("torch_rows", torch_rows),
         )
         machine = machine_facts(num_cores())
     finish("kernels", machine, measured, print_kernels_report, output)

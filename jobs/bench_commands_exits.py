@@ -18,6 +18,7 @@ from bench_options import (
     Output,
     Prompts,
     Rounds,
+    ShapeOrModel,
     Shots,
     finish,
     parse_numbers,
@@ -36,10 +37,11 @@ def depth(
         str, typer.Option(help="DEPTH:SHARE of tokens made to exit there, separated by commas")
     ] = "15:0.5,24:0.3",
     residents: Annotated[str, typer.Option(help="resident sequences, separated by commas")] = "1,8,32,64,128,256",
-    model: Model = "demo",
+    model: ShapeOrModel = "demo",
     dtype: Dtype = "auto",
     rounds: Rounds = 3,
     tokens: Annotated[int, typer.Option(help="tokens per resident in each run")] = 24,
+    prompt_tokens: Annotated[str, typer.Option(help="tokens of each prompt, separated by commas")] = "64",
     min_seconds: MinSeconds = 4.0,
     num_threads: NumThreads = None,
     output: Output = None,
@@ -50,6 +52,7 @@ def depth(
             if value is not None:
                 parse_positive(name, value)
         counts = parse_numbers("residents", residents)
+        contexts = parse_numbers("prompt_tokens", prompt_tokens)
 
         from bench_depth import Scenario, run_depth
         from bench_machine import machine_facts, num_cores
@@ -65,6 +68,7 @@ def depth(
             tokens=tokens,
             min_seconds=min_seconds,
             num_threads=machine["num_threads"],
+            prompt_tokens=contexts,
         )
     finish("depth", machine, measured, print_depth_report, output)
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from bench_shapes import open_model
 
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
 from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan, limits
@@ -25,10 +27,9 @@ from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_o
 from tide_ray.exits.gates import Gate
 from tide_ray.exits.policies import ForcedExits
 from tide_ray.exits.readouts import ExitHead, KVHead
-from tide_ray.models import LoadedModel, load
+from tide_ray.models import LoadedModel
 from tide_ray.models.adapter import KVShape
 
-PROMPT_TOKENS = 64
 WARM_STEPS = 4
 MIN_TOKENS = 128
 STAGGER = 40
@@ -90,11 +91,11 @@ class Contender:
 
 def run_depth(
     *, model: str, dtype: str, scenarios: Sequence[Scenario], residents: Sequence[int], rounds: int, tokens: int,
-    min_seconds: float, num_threads: int,
+    min_seconds: float, num_threads: int, prompt_tokens: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every scenario; returns the facts that are printed and written."""
     torch.set_num_threads(num_threads)
-    loaded = load(model, dtype=dtype)
+    loaded = open_model(model, dtype=dtype)
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
     for scenario in scenarios:
         if not 1 <= scenario.depth < num_layers:
@@ -103,8 +104,8 @@ def run_depth(
         dtype=dtype,
         num_threads=num_threads,
         max_num_seqs=max(residents),
-        max_model_len=PROMPT_TOKENS + max(answer_room(count, tokens) for count in residents),
-        kv_memory_fraction=0.3,
+        max_model_len=max(prompt_tokens) + max(answer_room(count, tokens) for count in residents),
+        kv_memory_fraction=0.45,
         prefix_caching=False,  # every contender computes the same prompts, round after round
     )
     full = TideEngine(loaded, config)
@@ -114,16 +115,23 @@ def run_depth(
         exiting = TideEngine(loaded, config, forced_routers(loaded, scenario.depth, shapes))
         assert exiting.runner.exits is not None
         exiting.runner.exits.policy = ForcedExits([scenario.share])  # costs are those of the policy that will run
-        context = PROMPT_TOKENS + tokens
-        costs = measure_costs(exiting.runner, exiting.runner.exits, max(residents), context=context)
-        rows = [_measure(full, exiting, costs, scenario, count, rounds, tokens, min_seconds) for count in residents]
+        for engine in (full, exiting):
+            engine.warm_up()
+        rows = []
+        for context, cells in itertools.groupby(
+            _fitting(exiting, prompt_tokens, residents, tokens), lambda cell: cell[0]
+        ):
+            costs = measure_costs(exiting.runner, exiting.runner.exits, max(residents), context=context + tokens)
+            for _, count in cells:
+                prompts = random_prompts(count, full.runner.adapter.config.vocab_size, context)
+                rows.append(_measure(full, exiting, costs, scenario, prompts, rounds, tokens, min_seconds))
         results.append({"depth": scenario.depth, "share": scenario.share, "rows": rows})
     return {
         "model": model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "num_layers": num_layers,
         "kv_policy": "fitted",
-        "prompt_tokens": PROMPT_TOKENS,
+        "prompt_tokens": list(prompt_tokens),
         "tokens_per_resident": tokens,
         "rounds": rounds,
         "min_seconds": min_seconds,
@@ -144,12 +152,12 @@ def _measure(
     exiting: TideEngine,
     costs: EngineCosts,
     scenario: Scenario,
-    residents: int,
+    prompts: Sequence[list[int]],
     rounds: int,
     tokens: int,
     min_seconds: float,
 ) -> dict[str, Any]:
-    share = scenario.share
+    share, residents = scenario.share, len(prompts)
 
     def policy(planner: Callable[[], LaunchPlanner], *, unanimous: bool = False) -> Callable[[], None]:
         def prepare() -> None:
@@ -166,7 +174,6 @@ def _measure(
         Contender("wait for half", exiting, policy(lambda: WaitForFull(share))),
         Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share]))),
     ]
-    prompts = random_prompts(residents, full.runner.adapter.config.vocab_size)
     take_turns(contenders, prompts, tokens, rounds, min_seconds)
     base = contenders[0]
     limit = limits(costs, residents, [share])
@@ -174,6 +181,7 @@ def _measure(
     speedup = contenders[-1].speedup(base)
     return {
         "residents": residents,
+        "prompt_tokens": len(prompts[0]),
         "tokens_per_second": {c.name: round(c.rate, 1) for c in contenders},
         "spread": {c.name: [round(min(c.rates), 1), round(max(c.rates), 1)] for c in contenders},
         "speedup": {c.name: round(c.speedup(base), 3) for c in contenders},
@@ -207,17 +215,9 @@ def take_turns(
 
 def decode_rate(engine: TideEngine, prompts: Sequence[list[int]], tokens: int) -> float:
     """Tokens per second while exactly these prompts decode, ``tokens`` for each on average, more where they are few."""
-    params = SamplingParams(temperature=0, max_tokens=answer_room(len(prompts), tokens), ignore_eos=True)
-    tokens = tokens_each(len(prompts), tokens)
-    names = [f"bench-{n}" for n in range(len(prompts))]
-    for name, ids in zip(names, prompts, strict=True):
-        engine.add_request(name, ids, params)
     stats = engine.stats
-    try:
-        while engine.scheduler.waiting or not all(s.is_decoding for s in engine.scheduler.residents):
-            engine.step()
-        for _ in range(WARM_STEPS):
-            engine.step()
+    with all_decoding(engine, prompts, answer_room(len(prompts), tokens)):
+        tokens = tokens_each(len(prompts), tokens)
         begin = stats.num_generated_tokens
         start = time.perf_counter()
         while stats.num_generated_tokens - begin < len(prompts) * tokens:
@@ -226,6 +226,21 @@ def decode_rate(engine: TideEngine, prompts: Sequence[list[int]], tokens: int) -
         if engine.runner.adapter.device.type == "cuda":
             torch.cuda.synchronize()
         return (stats.num_generated_tokens - begin) / (time.perf_counter() - start)
+
+
+@contextmanager
+def all_decoding(engine: TideEngine, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[None]:
+    """While this lasts the prompts are resident, past their first tokens, and go on for up to ``max_tokens`` each."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    names = [f"bench-{n}" for n in range(len(prompts))]
+    for name, ids in zip(names, prompts, strict=True):
+        engine.add_request(name, ids, params)
+    try:
+        while engine.scheduler.waiting or not all(s.is_decoding for s in engine.scheduler.residents):
+            engine.step()
+        for _ in range(WARM_STEPS):
+            engine.step()
+        yield
     finally:
         for name in names:
             engine.abort(name)
@@ -242,7 +257,19 @@ def answer_room(residents: int, tokens: int) -> int:
     return 2 * WARM_STEPS + tokens + (tokens + STAGGER if residents > 1 else 0)
 
 
-def random_prompts(count: int, vocab_size: int) -> list[list[int]]:
-    """``count`` prompts of PROMPT_TOKENS random tokens."""
+def random_prompts(count: int, vocab_size: int, prompt_tokens: int = 64) -> list[list[int]]:
+    """``count`` prompts of ``prompt_tokens`` random tokens each."""
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(3, vocab_size, (count, PROMPT_TOKENS), generator=generator).tolist()
+    return torch.randint(3, vocab_size, (count, prompt_tokens), generator=generator).tolist()
+
+
+def _fitting(
+    engine: TideEngine, prompt_tokens: Sequence[int], residents: Sequence[int], tokens: int
+) -> list[tuple[int, int]]:
+    """Prompt tokens and residents of each cell whose K/V fit into the pages that both engines have."""
+    return [
+        (context, count)
+        for context in prompt_tokens
+        for count in residents
+        if count * -(-(context + answer_room(count, tokens)) // engine.config.page_size) <= engine.num_kv_pages
+    ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_depth import PROMPT_TOKENS, Contender, answer_room, take_turns
+from bench_depth import Contender, answer_room, take_turns
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, TideEngine
@@ -25,7 +25,7 @@ from tide_ray.calibrate.intervals import interval
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models import LoadedModel, load
 
-DECODE_TOKENS = 24
+PROMPT_TOKENS, DECODE_TOKENS = 64, 24
 
 
 @dataclass(slots=True)

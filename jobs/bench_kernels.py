@@ -60,8 +60,10 @@ class Case:
     tide_bytes: int | None = None
 
 
-def run_kernels(*, dtype: str, rows: Sequence[int], hidden: int, context: int) -> dict[str, Any]:
-    """Measure every kernel for every number of rows.
+def run_kernels(
+    *, dtype: str, rows: Sequence[int], hidden: int, context: int, torch_rows: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Measure every kernel for every number of rows, and torch's twins for ``torch_rows`` (default: the same).
 
     Raises:
         UserError: there is no GPU, kernels cannot run on it, or ``TIDE_KERNELS`` keeps them off.
@@ -80,7 +82,7 @@ def run_kernels(*, dtype: str, rows: Sequence[int], hidden: int, context: int) -
     with _kernels_forced():
         bandwidth = copy_bandwidth()
         measured = [
-            {"rows": count, **_measured(case, bandwidth)}
+            {"rows": count, **_measured(case, bandwidth, with_torch=torch_rows is None or count in torch_rows)}
             for count in rows
             for case in cases(count, hidden, context, kinds[dtype])
         ]
@@ -108,11 +110,11 @@ def _kernels_forced() -> Iterator[None]:
             os.environ[gpu.VARIABLE] = before
 
 
-def _measured(case: Case, bandwidth: float) -> dict[str, Any]:
+def _measured(case: Case, bandwidth: float, *, with_torch: bool) -> dict[str, Any]:
     """What is reported of a case; a time that there is no memory for is None."""
     seconds = _fitting(case.run, case)
     eager = compiled = None
-    if case.reference is not None and case.scratch_bytes < _free_bytes():
+    if with_torch and case.reference is not None and case.scratch_bytes < _free_bytes():
         eager, compiled = _fitting(case.reference, case), _fitting(torch.compile(case.reference), case)
     is_cold = num_calls(case.num_bytes, _l2_bytes()) * case.num_bytes >= CACHES * _l2_bytes()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -28,8 +28,16 @@ def machine_facts(num_threads: int) -> dict[str, Any]:
         "num_threads": num_threads,
         "load_average": load_average,
         "is_busy": load_average > BUSY_SHARE * num_cores(),
-        "versions": {name: version(name) for name in ("tide-ray", "torch", "transformers", "ray")},
+        "versions": {name: _version(name) for name in ("tide-ray", "torch", "transformers", "ray", "numba-cuda")},
     }
+
+
+def _version(name: str) -> str | None:
+    """None where it is not installed: the engine and its kernels run without Ray."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _hardware() -> str:

@@ -20,6 +20,7 @@ Checkpoint = Annotated[str, typer.Argument(help="folder of a router checkpoint")
 Prompts = Annotated[list[str] | None, typer.Argument(help="JSONL files, FILE or FILE:N; default: demo")]
 Shots = Annotated[int, typer.Option(help="solved examples before each question")]
 Model = Annotated[str, typer.Option(help="hub id, folder, .gguf file or 'demo'")]
+ShapeOrModel = Annotated[str, typer.Option(help="as elsewhere, or random:SHAPE, e.g. random:llama-3-8b")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
 AnswerTokens = Annotated[int, typer.Option(help="most new tokens per prompt")]
 NumThreads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores")]

@@ -57,20 +57,48 @@ def print_peers_report(facts: dict[str, Any]) -> None:
 def print_depth_report(facts: dict[str, Any]) -> None:
     """Print, for every scenario and number of residents, the launch policies beside their limits."""
     console = _headed(facts, f"{facts['num_layers']} layers; {facts['kv_policy']} K/V; {facts['rounds']} rounds")
+    has_contexts = len(facts["prompt_tokens"]) > 1
     for scenario in facts["scenarios"]:
         names = [name for name in scenario["rows"][0]["speedup"] if name != "full depth"]
         title = f"{scenario['share']:.0%} of tokens exit at depth {scenario['depth']}: speed-up over full depth"
         table = Table(title=title, title_justify="left")
-        for column in ("residents", "full depth tok/s", *names, "ceiling", "free bound", "bound", "realised"):
+        first = ("prompt", "residents") if has_contexts else ("residents",)
+        for column in (*first, "full depth tok/s", *names, "ceiling", "free bound", "bound", "realised"):
             table.add_column(column, justify="right")
         for row in scenario["rows"]:
             table.add_row(
+                *([str(row["prompt_tokens"])] if has_contexts else []),
                 str(row["residents"]),
                 f"{row['tokens_per_second']['full depth']:,.0f}",
                 *(f"{row['speedup'][name]:.2f}" for name in names),
                 *(f"{row[name]:.2f}" for name in ("ceiling", "free_bound", "bound", "realised")),
             )
         console.print(table)
+
+
+def print_decode_report(facts: dict[str, Any]) -> None:
+    """Print everyone's decoding rate by residents beside the roofline, and the longest kernels of a step."""
+    console = _headed(facts, f"prompts of {facts['prompt_tokens']} tokens; {facts['rounds']} rounds")
+    names = list(facts["rows"][0]["tokens_per_second"])
+    table = Table(title="tokens/s of steps that decode", title_justify="left")
+    for column in ("residents", *names, *(f"x {name}" for name in names[1:]), "roofline", "reached"):
+        table.add_column(column, justify="right")
+    for row in facts["rows"]:
+        table.add_row(
+            str(row["residents"]),
+            *(f"{row['tokens_per_second'][name]:,.1f}" for name in names),
+            *(f"{row['ratios'][name]:.2f}" for name in names[1:]),
+            f"{facts['roofline']['tokens_per_second'][str(row['residents'])]:,.0f}",
+            f"{row['roofline_share']:.0%}",
+        )
+    console.print(table)
+    for row in facts["rows"]:
+        if (profile := row["profile"]) is not None:
+            longest = ", ".join(f"{name[:40]} {us:,.0f}" for name, us in list(profile["kernels_us"].items())[:6])
+            console.print(
+                f"{row['residents']} residents: a step takes {profile['step_us']:,.0f} us, its kernels "
+                f"{profile['all_kernels_us']:,.0f}: {longest}"
+            )
 
 
 def print_exits_report(facts: dict[str, Any]) -> None:

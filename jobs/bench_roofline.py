@@ -20,15 +20,17 @@ from tide_ray.models import LoadedModel
 from tide_ray.models.packed_linear import PackedLinear, can_pack
 
 COPIED_BYTES = 1 << 28
-GEMM_ROWS, GEMM_WIDTH = 1024, 2048
+GEMM_SIZES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
+"""Rows and width of the product that tells a device's rate."""
 REPEATS = 7
 
 
-def roofline(loaded: LoadedModel, batch_sizes: list[int]) -> dict[str, Any]:
+def roofline(loaded: LoadedModel, batch_sizes: list[int], *, kv_bytes: int = 0) -> dict[str, Any]:
     """Weight bytes, measured rates, and ``tokens_per_second`` by batch size.
 
     Args:
         loaded: before an engine has packed its weights.
+        kv_bytes: of the K/V that a row attends to; without, attention comes on top.
     """
     weights = sum(module.weight.numel() for module in loaded.model.modules() if isinstance(module, nn.Linear | Conv1D))
     num_bytes = weights * loaded.dtype.itemsize
@@ -38,7 +40,8 @@ def roofline(loaded: LoadedModel, batch_sizes: list[int]) -> dict[str, Any]:
         "copy_bytes_per_second": round(bandwidth),
         "gemm_flops_per_second": round(flops),
         "tokens_per_second": {
-            str(size): round(size / max(num_bytes / bandwidth, 2 * weights * size / flops), 1) for size in batch_sizes
+            str(size): round(size / max((num_bytes + size * kv_bytes) / bandwidth, 2 * weights * size / flops), 1)
+            for size in batch_sizes
         },
     }
 
@@ -53,10 +56,11 @@ def copy_bandwidth(device: torch.device) -> float:
 @torch.inference_mode()
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of one large product, its weight laid out as the engine's are."""
-    linear = nn.Linear(GEMM_WIDTH, GEMM_WIDTH, bias=False, device=device, dtype=dtype)
+    num_rows, width = GEMM_SIZES[device.type]
+    linear = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
     product: nn.Module = PackedLinear(linear) if can_pack(device, dtype) else linear
-    rows = torch.ones(GEMM_ROWS, GEMM_WIDTH, device=device, dtype=dtype)
-    return 2 * GEMM_ROWS * GEMM_WIDTH**2 / _median_seconds(lambda: product(rows), device)
+    rows = torch.randn(num_rows, width, device=device, dtype=dtype)  # a GPU computes faster on constants
+    return 2 * num_rows * width**2 / _median_seconds(lambda: product(rows), device)
 
 
 def _median_seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -24,12 +24,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For ``-n 2``: a file's tests stay in one process, since they share what they start.
+    """For ``-n 2`` without ``--dist``: a file's tests stay in one process, since they share what they start.
 
     All that start Ray stay together too: they wait more than they compute, and two clusters at a time would be more
     than two cores can start within Ray's own time limits. (Groups by a mark of xdist's need names that pytest 9.2 does
     not look at.)
     """
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -67,8 +67,8 @@ class EngineConfig:
             their own code; ``off``: all layers run their own code.
         cuda_graphs: ``auto``: on a GPU whose kernels run, launches that only decode are replayed from CUDA graphs;
             ``off``: all launches are started kernel by kernel.
-        async_scheduling: ``auto``: on a GPU a step is queued before the tokens of the last one are read, where no exits
-            need an answer within the step; ``on``: on a CPU as well, where nothing is gained; ``off``.
+        async_scheduling: ``auto``: on a GPU a step is queued before the tokens of the last one are read, unless a
+            boundary is asked within it; ``on``: on a CPU as well, where nothing is gained; ``off``.
         num_threads: CPU threads; None keeps torch's choice.
         seed: base of the seeds of sampled requests that bring none.
         selfcheck: compare with the model's own forward at load, and refuse a model that differs.

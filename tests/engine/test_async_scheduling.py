@@ -14,8 +14,9 @@ from exit_helpers import forced_engine
 from references import GREEDY, Interrupt, assert_idle, tokens
 from tide_ray import CompletionOutput, RequestOutput, SamplingParams, TideEngine
 from tide_ray.engine import preparation, runner
+from tide_ray.engine.cost_model import LaunchPlan
 from tide_ray.engine.rows import RowBatch, RowSpan, build_rows
-from tiny_models import build_tiny_model
+from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model
 
 MakeEngine = Callable[..., TideEngine]
 
@@ -217,12 +218,70 @@ def test_a_stream_yields_every_token_by_itself(make_cycle_engine: MakeEngine) ->
     assert outputs[-1].outputs[0].text == "bcdefg"
 
 
-def test_engines_with_exits_wait_for_each_step(caplog: pytest.LogCaptureFixture) -> None:
+def exiting_engine(**changes: Any) -> TideEngine:
+    changes = {"async_scheduling": "on", **changes}
+    return forced_engine(build_tiny_model("llama", vocab_size=TOKENIZER_VOCAB_SIZE), (1,), (0.5,), **changes)
+
+
+def test_an_engine_whose_exits_are_off_runs_ahead(
+    prompts: list[list[int]], answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never slower than full depth on a GPU only if it may do what full depth does."""
+    engine = exiting_engine()
+    assert engine.runner.planner is not None
+    engine.runner.planner.stop()
+    watch = Watch(engine, monkeypatch)
+    assert tokens(engine.generate(prompts, GREEDY)) == answers
+    assert watch.num_ahead > watch.num_launches // 2
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("kv_policy", ["fitted", "deferred"])
+def test_a_boundary_is_asked_only_when_all_tokens_are_known(
+    prompts: list[list[int]], kv_policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boundaries go on and off while steps are in flight; what is asked, probes included, never runs ahead."""
+    engine = exiting_engine(kv_policy=kv_policy)
+    planner, exits = engine.runner.planner, engine.runner.exits
+    assert planner is not None
+    assert exits is not None
+    rng = random.Random(0)
+    asked_ahead: list[bool] = []
+    in_flight: list[bool] = []
+    run, ask = engine.runner.run, exits._ask
+
+    def plan(residents: int) -> LaunchPlan:
+        planner._steps += 1
+        if rng.random() < 0.25:
+            planner.current = LaunchPlan((not planner.current.is_on[0],), (1,), 0.0)
+        return planner.current
+
+    def noted(spans: Any, ahead: Any = None) -> Any:
+        in_flight.append(ahead is not None)
+        return run(spans, ahead)
+
+    def asked(*given: Any) -> None:
+        asked_ahead.append(in_flight[-1])
+        ask(*given)
+
+    monkeypatch.setattr(planner, "plan", plan)
+    monkeypatch.setattr(engine.runner, "run", noted)
+    monkeypatch.setattr(exits, "_ask", asked)
+    outputs = [output.outputs[0] for output in engine.generate(prompts, GREEDY)]
+    assert any(in_flight)
+    assert asked_ahead
+    assert not any(asked_ahead)
+    assert {len(out.token_ids) for out in outputs} == {len(out.exit_layers) for out in outputs} == {GREEDY.max_tokens}
+    assert {depth for out in outputs for depth in out.exit_layers} == {1, 4}
+    assert_idle(engine)
+
+
+def test_where_prompt_tokens_may_stop_steps_wait(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger=preparation.logger.name):
-        engine = forced_engine(build_tiny_model("llama"), (1,), (0.5,), async_scheduling="on")
+        engine = exiting_engine(exits="given", prefill_share=0.5)
     assert engine.describe()["async_scheduling"] is False
     assert [record.message for record in caplog.records] == [
-        "async_scheduling: steps of an engine with exits wait for each other"
+        "async_scheduling: with prefill exits or drafts every step waits for the one before"
     ]
 
 

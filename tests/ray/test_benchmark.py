@@ -54,7 +54,7 @@ class TestThroughput:
         assert (report["benchmark"], report["dtype"], report["num_threads"]) == ("throughput", "float32", 1)
         assert (report["prompts"], report["sources"]) == (9, ["long.jsonl:6", "short.jsonl"])
         assert (report["max_tokens"], report["rounds"], report["hf_attention"]) == (6, 2, "sdpa")
-        assert set(report["versions"]) == {"tide-ray", "torch", "transformers", "ray"}
+        assert set(report["versions"]) == {"tide-ray", "torch", "transformers", "ray", "numba-cuda"}
         assert report["hardware"]
         assert report["date"]
 

@@ -93,7 +93,15 @@ class LaunchPlanner:
     @property
     def probes(self) -> bool:
         """Whether this step asks the boundaries that are off as well."""
-        return self._steps % PROBE_EVERY == 1 and not self.is_stopped
+        return self._probes_at(self._steps)
+
+    @property
+    def probes_next(self) -> bool:
+        """``probes`` of the step after this one."""
+        return self._probes_at(self._steps + 1)
+
+    def _probes_at(self, step: int) -> bool:
+        return step % PROBE_EVERY == 1 and not self.is_stopped
 
     def observe(self, boundary: int, num_asked: int, num_stopped: int) -> None:
         """Note what a boundary's policy said."""

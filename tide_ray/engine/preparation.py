@@ -69,16 +69,18 @@ def memory_and_graphs(
 
 
 def runs_ahead(config: EngineConfig, runner: Runner) -> bool:
-    """Whether a step is queued before the tokens of the last one are read.
+    """Whether a step is queued before the tokens of the last one are read, where the step allows it.
 
-    With exits it never is: who stops at a boundary is asked within the step.
+    With exits some do, see ``Runner.may_run_ahead``; where prompt tokens may stop or exits are drafts none does.
     """
-    if config.async_scheduling == "on" and runner.exits is not None:
-        logger.warning("async_scheduling: steps of an engine with exits wait for each other")
+    exits = runner.exits
+    allows = exits is None or (not exits.verifies and not any(t is not None for t in exits.prefill_thresholds))
+    if config.async_scheduling == "on" and not allows:
+        logger.warning("async_scheduling: with prefill exits or drafts every step waits for the one before")
     is_wanted = config.async_scheduling == "on" or (
         config.async_scheduling == "auto" and runner.adapter.device.type != "cpu"
     )
-    return is_wanted and runner.exits is None
+    return is_wanted and allows
 
 
 def position_limit(config: Any) -> int:

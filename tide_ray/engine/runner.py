@@ -76,11 +76,13 @@ class Runner:
     def run(self, spans: Seq[ScheduledSpan], ahead: Launch | None = None) -> Launch:
         """One step: stage 0 over the spans' rows, deeper stages over what is ready for them; the tokens now chosen.
 
-        On a GPU all of it is only queued. ``ahead``: the step before, where its tokens have not been read; sequences
-        go on from them.
+        On a GPU all of it is only queued, but for the asking of boundaries. ``ahead``: the step before, where its
+        tokens have not been read; sequences go on from them, and no boundary is asked.
         """
         lanes = [scheduled_lane(span, self.adapter.num_layers, self._prefill_tail) for span in spans]
         is_on, probes = self._plan(lanes)
+        if ahead is not None:
+            is_on, probes = (False,) * len(is_on), False
         arrived: Flow | Arrivals | None = self.prepared(lanes, ahead=ahead) if lanes else None
         leaving: list[Leaving] = []
         if isinstance(arrived, Flow) and not any(is_on) and not probes and self._may_skip_boundaries(lanes):
@@ -98,6 +100,15 @@ class Runner:
                 arrived, left = self._at_boundary(index, flow, is_on=is_on[index], probes=probes)
                 leaving += [left] if left is not None else []
         return self._choose(leaving)
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the next step can be queued while tokens of the last one are unread: no boundary is about to be
+        asked, which would wait for the device, and no row waits for a stage."""
+        if self.planner is None:
+            return True
+        is_idle = not any(self._waiting(stage) for stage in range(1, len(self.stages)))
+        return is_idle and not any(self.planner.current.is_on) and not self.planner.probes_next
 
     def drafts_judged(self, num_right: int, num_wrong: int) -> None:
         """Drafts of a chain that full depth confirmed, and whether one was wrong: what drafting is worth."""
