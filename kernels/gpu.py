@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "TIDE_KERNELS"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ENGINE_KERNELS = ("route", "gather_rows", "write_kv", "paged_attention", "rms_norm", "silu_mul", "sample_tokens")
+ENGINE_KERNELS = (
+    "route", "gather_rows", "write_kv", "paged_attention", "rms_norm", "rotate", "silu_mul", "sample_tokens"
+)  # fmt: skip
 OTHER_KERNELS = ("partition", "scatter_rows", "exit_project")
 """Those that nothing in the engine calls."""
 OLDEST_CAPABILITY, NEWEST_CAPABILITY = (7, 0), (12, 9)

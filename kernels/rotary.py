@@ -1,7 +1,7 @@
 """Rotary positions (arXiv 2104.09864) in place: channel i turns with channel i + d / 2, as LLaMA's do.
 
-``rotate`` is a Numba kernel on a CPU and torch's operations on a GPU; ``rotate_reference`` is the same in torch, out of
-place: what transformers' models compute, with their roundings of both products and of the sum.
+``rotate`` is a Numba kernel on a CPU and on a GPU; ``rotate_reference`` is the same in torch, out of place: what
+transformers' models compute, with their roundings of both products and of the sum.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from tide_kernels import gpu
 from tide_kernels.cpu import PARALLEL_FROM, is_for_kernels, jit, launch
 from tide_kernels.layer_vectors import turn_halves
 
@@ -21,20 +22,27 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate rows of heads in place.
 
     Args:
-        heads: float32 or bfloat16 ``[N, H, d]``, d even; on a CPU the heads of a row lie one after another.
+        heads: float32 or bfloat16 ``[N, H, d]``, on a GPU also float16, d even; a row's heads lie one after another.
         cos, sin: contiguous ``[N, d]`` of the same dtype.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit together.
     """
     num_rows, num_heads, width = heads.shape
-    if heads.device.type != "cpu":
-        heads.copy_(rotate_reference(heads, cos, sin))
-        return
-    if cos.shape != (num_rows, width) or sin.shape != cos.shape or width % 2 or not is_for_kernels(heads, cos, sin):
+    takes_gpu = gpu.run_on(heads, cos, sin)
+    dtype_fits = takes_gpu or heads.device.type != "cpu" or is_for_kernels(heads, cos, sin)
+    if cos.shape != (num_rows, width) or sin.shape != cos.shape or width % 2 or not dtype_fits:
         raise ValueError(f"heads {tuple(heads.shape)} in {heads.dtype} do not fit tables {tuple(cos.shape)}")
     if heads.stride()[1:] != (width, 1) or not cos.is_contiguous() or not sin.is_contiguous():
         raise ValueError("the heads of a row must lie one after another, and the tables must be contiguous")
+    if takes_gpu:
+        from tide_kernels.cuda.rotary import rotate_cuda
+
+        rotate_cuda(heads, cos, sin)
+        return
+    if heads.device.type != "cpu":
+        heads.copy_(rotate_reference(heads, cos, sin))
+        return
     size = heads.element_size()
     arguments = heads.data_ptr(), heads.stride(0) * size, cos.data_ptr(), sin.data_ptr(), num_rows, num_heads
     launch(turn_rows(width // 2, size), *arguments)

@@ -18,6 +18,7 @@ from tide_kernels.cuda.kv_write import write_kernel
 from tide_kernels.cuda.launches import PARTITION_THREADS, SAMPLE_THREADS, SPECIALISED_WIDTHS
 from tide_kernels.cuda.paged_attention import attend_kernel, combine_kernel
 from tide_kernels.cuda.rms_norm import norm_kernel
+from tide_kernels.cuda.rotary import rotary_kernel
 from tide_kernels.cuda.route import route_kernel
 from tide_kernels.cuda.sample import sample_kernel
 from tide_kernels.cuda.silu_mul import silu_kernel
@@ -57,6 +58,7 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
             add(f"add_rms_norm/{name}/{_width(width)}", norm_kernel, dtype, width, True)
         for is_vector, reads in ((True, "16 bytes"), (False, "any")):
             add(f"silu_mul/{name}/{reads}", silu_kernel, dtype, is_vector=is_vector)
+            add(f"rotate/{name}/{reads}", rotary_kernel, dtype, is_vector=is_vector)
             add(f"sample/{name}/{reads}", sample_kernel, dtype, SAMPLE_THREADS, is_vector=is_vector)
         for layout, is_normed, is_vector in KV_WRITES:
             traits = f"{layout}{'/norm' if is_normed else ''}/{'16 bytes' if is_vector else 'any'}"

@@ -18,9 +18,13 @@ ROUTE_MIN_SLICE = 256
 NORM_THREADS = 256
 """That share a row, at most."""
 SILU_THREADS = 256
+ROTARY_THREADS = 128
 KV_WARPS = 4
 """Heads that a block writes, one to a warp."""
-ATTENTION_WARPS = 4
+ATTENTION_WARPS = 8
+ATTENTION_AHEAD = 2
+"""Tokens that a lane reads before it computes with the first: a token's K waits for its page's number, so one at a time
+leaves memory idle."""
 ATTENTION_MAX_HEAD_DIM = 256
 QUERY_NUMBERS_PER_BLOCK = 512
 """Numbers of queries that share one reading of a sequence's K and V; each query's sums need registers, too."""

@@ -3,8 +3,8 @@
 A block takes one K/V head of one sequence and the few queries that read it: heads of the group, and of
 several rows where a sequence has more than one. A token's K is read 16 bytes to a lane by just as many lanes as that
 takes; the other lanes of the warp read the next tokens. Each such set of lanes keeps a running softmax of its own, and
-all of them are merged at the end. Where sequences are few, each is split over several blocks, and ``combine`` merges
-those.
+all of them are merged at the end. Several tokens are read before the first is computed with. Where sequences are few,
+each is split over several blocks, and ``combine`` merges those.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tide_kernels.cuda.activations import exp
 from tide_kernels.cuda.elements import elements, is_aligned
 from tide_kernels.cuda.kernel import FLOAT, INT, LONG, Kernel, num_processors, pointer
 from tide_kernels.cuda.launches import (
+    ATTENTION_AHEAD,
     ATTENTION_BLOCKS_PER_PROCESSOR,
     ATTENTION_MIN_TOKENS,
     ATTENTION_WARPS,
@@ -133,7 +134,9 @@ def attend_kernel(
     width = held * lanes
     tokens = WARP // token_lanes  # that a warp reads at once
     queries = heads * rows
-    num_numbers, all_heads, step = queries * width, queries * head_dim, ATTENTION_WARPS * tokens
+    ahead = ATTENTION_AHEAD
+    read_numbers = ahead * width
+    num_numbers, all_heads, step = queries * width, queries * head_dim, ATTENTION_WARPS * tokens * ahead
     readers = ATTENTION_WARPS * tokens  # sets of lanes with a running softmax of their own
     threads, peaks, all_numbers = ATTENTION_WARPS * WARP, readers * queries, readers * queries * head_dim
     many_rows = rows > 1
@@ -141,17 +144,17 @@ def attend_kernel(
     nothing = float32(-math.inf)
 
     @cuda.jit(device=True)
-    def read_head(cells, start, lane, values, vector):  # type: ignore[no-untyped-def]
-        """This lane's numbers of one head; 0 past its end."""
+    def read_head(cells, start, lane, values, first, vector):  # type: ignore[no-untyped-def]
+        """This lane's numbers of one head, to ``values`` from the ``first`` on; 0 past the head's end."""
         for v in range(held):
             index = v * token_lanes + lane
             if index < vectors:
                 load_vector(cells, start + index * lanes, vector)
                 for k in range(lanes):
-                    values[v * lanes + k] = vector[k]
+                    values[first + v * lanes + k] = vector[k]
             else:
                 for k in range(lanes):
-                    values[v * lanes + k] = float32(0)
+                    values[first + v * lanes + k] = float32(0)
 
     @cuda.jit(device=True)
     def share(mine, best):  # type: ignore[no-untyped-def]
@@ -186,8 +189,9 @@ def attend_kernel(
         acc = cuda.local.array(num_numbers, float32)
         peak = cuda.local.array(queries, float32)
         total = cuda.local.array(queries, float32)
-        key = cuda.local.array(width, float32)
-        value = cuda.local.array(width, float32)
+        key = cuda.local.array(read_numbers, float32)
+        value = cuda.local.array(read_numbers, float32)
+        score = cuda.local.array(ahead, float32)
         vector = cuda.local.array(lanes, float32)
         warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
         part, place = lane % token_lanes, lane // token_lanes
@@ -209,49 +213,56 @@ def attend_kernel(
             for h in range(heads):
                 i = r * heads + h
                 row, head = min(first + r, last - 1), min(tile * heads + h, group - 1)
-                read_head(query, row * row_stride + (kv_head * group + head) * head_stride, part, key, vector)
+                read_head(query, row * row_stride + (kv_head * group + head) * head_stride, part, key, 0, vector)
                 for k in range(width):
                     q[i * width + k] = key[k] * scale
                     acc[i * width + k] = float32(0)
                 peak[i], total[i] = nothing, float32(0)
-        for base in range(begin + warp * tokens, end, step):
-            token = base + place
-            is_here = token < end
-            at = 0
-            if is_here:
-                page = page_table[sequence * table_width + token // page_size]
-                at = ((page * kv_heads + kv_head) * page_size + token % page_size) * head_dim
-                read_head(key_pages, at, part, key, vector)
-                read_head(value_pages, at, part, value, vector)
+        for base in range(begin + warp * tokens * ahead, end, step):
+            for a in range(ahead):
+                token = base + a * tokens + place
+                if token < end:
+                    page = page_table[sequence * table_width + token // page_size]
+                    at = ((page * kv_heads + kv_head) * page_size + token % page_size) * head_dim
+                    read_head(key_pages, at, part, key, a * width, vector)
+                    read_head(value_pages, at, part, value, a * width, vector)
             for r in range(rows):
-                is_seen = is_here
+                first_seen, last_seen = 0, end
                 if many_rows:
                     length = lengths[min(first + r, last - 1)]
-                    is_seen = is_here and token < length and (window == 0 or token >= length - window)
+                    last_seen = min(end, length)
+                    if window > 0:
+                        first_seen = length - window
                 for h in range(heads):
                     i = r * heads + h
-                    score = float32(0)
-                    if is_here:
-                        for k in range(width):
-                            score += q[i * width + k] * key[k]
-                    for far in reach:
-                        if far > 0:
-                            score += cuda.shfl_xor_sync(ALL_LANES, score, far)
-                    if has_softcap:
-                        score = softcap * math.tanh(score / softcap)
-                    if is_seen:
-                        weight = float32(1)
-                        if score > peak[i]:
-                            fading = share(peak[i], score)
-                            peak[i] = score
-                            total[i] *= fading
+                    highest = peak[i]
+                    for a in range(ahead):
+                        token = base + a * tokens + place
+                        logit = float32(0)
+                        if token < end:
                             for k in range(width):
-                                acc[i * width + k] *= fading
-                        else:
-                            weight = share(score, peak[i])  # a first score may be minus infinity
-                        total[i] += weight
+                                logit += q[i * width + k] * key[a * width + k]
+                        for far in reach:
+                            if far > 0:
+                                logit += cuda.shfl_xor_sync(ALL_LANES, logit, far)
+                        if has_softcap:
+                            logit = softcap * math.tanh(logit / softcap)
+                        score[a] = logit
+                        if token >= first_seen and token < last_seen and logit > highest:
+                            highest = logit
+                    if highest > peak[i]:
+                        fading = share(peak[i], highest)
+                        peak[i] = highest
+                        total[i] *= fading
                         for k in range(width):
-                            acc[i * width + k] += weight * value[k]
+                            acc[i * width + k] *= fading
+                    for a in range(ahead):
+                        token = base + a * tokens + place
+                        if token >= first_seen and token < last_seen:
+                            weight = share(score[a], highest)  # a score may be minus infinity
+                            total[i] += weight
+                            for k in range(width):
+                                acc[i * width + k] += weight * value[a * width + k]
         reader = warp * tokens + place
         for i in range(queries):
             if part == 0:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tide_kernels import compact, exit_project, kv_write, paged_attention, rms_norm, route, sample, silu_mul
+from tide_kernels import compact, exit_project, kv_write, paged_attention, rms_norm, rotary, route, sample, silu_mul
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WIDTHS = [576, 768, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 8192, 100, 1000]
@@ -31,6 +31,18 @@ def test_norms_and_gated_rows(dtype: torch.dtype, width: int) -> None:
         assert_alike(actual, rms_norm.add_rms_norm_reference(rows, update, weight, 1e-5), dtype)
         both = torch.cat((rows, update), dim=-1)
         assert_alike(silu_mul.silu_mul(both), silu_mul.silu_mul_reference(both), dtype)
+
+
+@pytest.mark.parametrize(("num_heads", "width"), [(40, 128), (12, 64), (3, 80), (1, 6)])
+def test_heads_turn_in_place(dtype: torch.dtype, num_heads: int, width: int) -> None:
+    for num_rows in ROWS:
+        joint = random(num_rows, (num_heads + 8) * width, dtype=dtype)
+        heads, angles = joint[:, : num_heads * width].unflatten(1, (num_heads, width)), random(num_rows, width)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        expected, beside = rotary.rotate_reference(heads, cos, sin), joint[:, num_heads * width :].clone()
+        rotary.rotate(heads, cos, sin)
+        assert_alike(heads, expected, dtype)
+        assert torch.equal(joint[:, num_heads * width :], beside)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
