@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 
+from tide_kernels.cuda.attention_merge import combine_kernel
 from tide_kernels.cuda.compact import move_kernel, partition_kernel
 from tide_kernels.cuda.exit_project import project_kernel
 from tide_kernels.cuda.kernel import Kernel
 from tide_kernels.cuda.kv_write import write_kernel
 from tide_kernels.cuda.launches import PARTITION_THREADS, SAMPLE_THREADS, SPECIALISED_WIDTHS
-from tide_kernels.cuda.paged_attention import attend_kernel, combine_kernel
+from tide_kernels.cuda.paged_attention import attend_kernel
 from tide_kernels.cuda.rms_norm import norm_kernel
 from tide_kernels.cuda.rotary import rotary_kernel
 from tide_kernels.cuda.route import route_kernel
 from tide_kernels.cuda.sample import sample_kernel
 from tide_kernels.cuda.silu_mul import silu_kernel
+from tide_kernels.cuda.tensor_attention import product_kernel
 
 GENERAL = 0
 """The width that stands for any other."""
@@ -30,6 +32,8 @@ EXIT_HEADS = ((64, "none"), (128, "rms"), (256, "layer"))
 KV_WRITES = (("none", False, True), ("half", False, True), ("half", True, True), ("interleaved", False, False))
 ATTENTIONS = ((64, 3, 1), (64, 4, 1), (80, 1, 1), (128, 1, 1), (128, 4, 1), (128, 1, 3), (256, 2, 1), (256, 1, 2))
 """Width of a head, heads and rows that a block takes."""
+PRODUCTS = ((64, 3, 1), (64, 7, 1), (128, 4, 1), (128, 8, 1), (128, 4, 2))
+"""The same where tensor cores compute."""
 UNSPLIT = ((128, 4, 1), (128, 1, 3))
 """Those also listed as many sequences run, which write their results at once."""
 PAGE_SIZE = 32
@@ -71,6 +75,13 @@ def catalogue() -> dict[str, Callable[[], Kernel]]:
                 add(f"attention/{name}/{traits}", attend_kernel, dtype, *shape, is_split=True, **kinds)
                 if (head_dim, heads, rows) in UNSPLIT:
                     add(f"attention/{name}/{traits}/unsplit", attend_kernel, dtype, *shape, is_split=False, **kinds)
+        for head_dim, heads, rows in PRODUCTS if dtype != torch.float32 else ():
+            for has_softcap in (False, True):
+                traits = f"{head_dim}/{heads} heads/{rows} rows{'/softcap' * has_softcap}"
+                shape = head_dim, heads, rows, PAGE_SIZE, has_softcap
+                for is_split in (True, False):
+                    full = f"attention products/{name}/{traits}{'/unsplit' * (not is_split)}"
+                    add(full, product_kernel, dtype, *shape, is_extend=rows > 1, is_split=is_split)
         add(f"combine/{name}", combine_kernel, dtype)
     return listed
 

@@ -46,12 +46,16 @@ class Kernel:
         function: the kernel as a Python function over pointers and numbers.
         parameters: types of its arguments: ``pointer(dtype)``, INT, LONG or FLOAT.
         max_threads: of a block; the compiler keeps to the registers that so many leave to each.
+        oldest: compute capability below which the kernel has no machine code.
     """
 
-    def __init__(self, function: Callable[..., None], *parameters: Any, max_threads: int) -> None:
+    def __init__(
+        self, function: Callable[..., None], *parameters: Any, max_threads: int, oldest: tuple[int, int] = (7, 0)
+    ) -> None:
         self.function = function
         self.signature = types.void(*parameters)
         self.max_threads = max_threads
+        self.oldest = oldest
         self._compiled: Any = None
 
     def launch(self, blocks: tuple[int, ...], threads: int, *arguments: Tensor | int | float) -> None:

@@ -21,16 +21,15 @@ SILU_THREADS = 256
 ROTARY_THREADS = 128
 KV_WARPS = 4
 """Heads that a block writes, one to a warp."""
-ATTENTION_WARPS = 8
-ATTENTION_AHEAD = 2
-"""Tokens that a lane reads before it computes with the first: a token's K waits for its page's number, so one at a time
-leaves memory idle."""
+ATTENTION_WARPS = 4
 ATTENTION_MAX_HEAD_DIM = 256
 QUERY_NUMBERS_PER_BLOCK = 512
 """Numbers of queries that share one reading of a sequence's K and V; each query's sums need registers, too."""
 MAX_QUERIES_PER_BLOCK = 4
 MAX_QUERIES_OF_ROWS = 3
 """Where a sequence has several rows, each with its own reach: with four, registers spill before Hopper."""
+MAX_QUERIES_OF_PRODUCT = 8
+"""Queries that share one reading of K and V where tensor cores compute: columns of their smallest product."""
 ATTENTION_BLOCKS_PER_PROCESSOR = 4
 ATTENTION_MIN_TOKENS = 256
 """Tokens below which a sequence is not split over more blocks."""

@@ -97,9 +97,12 @@ def main(architecture: str, *names: str) -> None:
     from tide_kernels.cuda.catalogue import catalogue
 
     major, _, minor = architecture.partition(".")
+    capability = int(major), int(minor)
     for name, make in catalogue().items():
         if not names or name.startswith(names):
-            print(json.dumps(asdict(resources(name, make(), (int(major), int(minor))))), flush=True)
+            kernel = make()
+            if kernel.oldest <= capability:
+                print(json.dumps(asdict(resources(name, kernel, capability))), flush=True)
 
 
 if __name__ == "__main__":

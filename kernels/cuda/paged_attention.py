@@ -3,8 +3,8 @@
 A block takes one K/V head of one sequence and the few queries that read it: heads of the group, and of
 several rows where a sequence has more than one. A token's K is read 16 bytes to a lane by just as many lanes as that
 takes; the other lanes of the warp read the next tokens. Each such set of lanes keeps a running softmax of its own, and
-all of them are merged at the end. Several tokens are read before the first is computed with. Where sequences are few,
-each is split over several blocks, and ``combine`` merges those.
+all of them are merged at the end. Where sequences are few, each is split over several blocks, and ``combine`` merges
+those.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 from numba import cuda, float32
 from torch import Tensor
 
-from tide_kernels.cuda.activations import exp
+from tide_kernels.cuda.attention_merge import NOTHING, combine_kernel, merge_in_block, share
 from tide_kernels.cuda.elements import elements, is_aligned
 from tide_kernels.cuda.kernel import FLOAT, INT, LONG, Kernel, num_processors, pointer
 from tide_kernels.cuda.launches import (
-    ATTENTION_AHEAD,
     ATTENTION_BLOCKS_PER_PROCESSOR,
     ATTENTION_MIN_TOKENS,
     ATTENTION_WARPS,
     COMBINE_THREADS,
+    MAX_QUERIES_OF_PRODUCT,
     MAX_QUERIES_OF_ROWS,
     MAX_QUERIES_PER_BLOCK,
     MAX_SPLITS,
     QUERY_NUMBERS_PER_BLOCK,
 )
 from tide_kernels.cuda.reductions import ALL_LANES, WARP
+from tide_kernels.cuda.tensor_attention import product_kernel, takes_products
 
 
 def paged_attention_cuda(
@@ -52,14 +53,16 @@ def paged_attention_cuda(
     key_pages, value_pages = key_pages.contiguous(), value_pages.contiguous()
     query = query if query.stride(2) == 1 else query.contiguous()
     group = num_heads // kv_heads
-    heads, rows = queries_of_block(group, max_rows, head_dim)
-    tiles, row_tiles = -(-group // heads), -(-max_rows // rows)
-    sequences = page_table.shape[0] * row_tiles
-    splits = _num_splits(query.device, sequences * kv_heads * tiles, page_table.shape[1] * page_size)
     lanes = elements(query.dtype).lanes
     strides = query.stride(0), query.stride(1)
     is_vector = head_dim % lanes == 0 and all(stride % lanes == 0 for stride in strides)
     is_vector = is_vector and is_aligned(query, key_pages, value_pages)
+    by_products = is_vector and takes_products(query.device, query.dtype, head_dim, page_size)
+    most = MAX_QUERIES_OF_PRODUCT if by_products else None
+    heads, rows = queries_of_block(group, max_rows, head_dim, most)
+    tiles, row_tiles = -(-group // heads), -(-max_rows // rows)
+    sequences = page_table.shape[0] * row_tiles
+    splits = _num_splits(query.device, sequences * kv_heads * tiles, page_table.shape[1] * page_size)
     out = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_split = splits > 1
     sums, maxima = (
@@ -67,8 +70,9 @@ def paged_attention_cuda(
         for shape in ((splits, num_rows, num_heads, head_dim), (2, splits, num_rows, num_heads))
     )
     facts = query.dtype, head_dim, heads, rows, page_size, softcap > 0
-    kinds = {"is_extend": row_starts is not None, "is_split": is_split, "is_vector": is_vector}
-    attend_kernel(*facts, **kinds).launch(
+    kinds = {"is_extend": row_starts is not None, "is_split": is_split}
+    kernel = product_kernel(*facts, **kinds) if by_products else attend_kernel(*facts, **kinds, is_vector=is_vector)
+    kernel.launch(
         (sequences, kv_heads * tiles, splits),
         ATTENTION_WARPS * WARP,
         query,
@@ -97,11 +101,11 @@ def paged_attention_cuda(
     return out
 
 
-def queries_of_block(group: int, max_rows: int, head_dim: int) -> tuple[int, int]:
-    """Heads of a group, and rows of a sequence, that a block takes at once."""
-    queries = min(MAX_QUERIES_PER_BLOCK, QUERY_NUMBERS_PER_BLOCK // head_dim)
+def queries_of_block(group: int, max_rows: int, head_dim: int, most: int | None = None) -> tuple[int, int]:
+    """Heads of a group, and rows of a sequence, that a block takes at once; ``most`` together, where that is given."""
+    queries = most or min(MAX_QUERIES_PER_BLOCK, QUERY_NUMBERS_PER_BLOCK // head_dim)
     heads = -(-group // -(-group // queries))
-    return heads, min(max_rows, max(1, min(queries, MAX_QUERIES_OF_ROWS) // heads))
+    return heads, min(max_rows, max(1, (most or min(queries, MAX_QUERIES_OF_ROWS)) // heads))
 
 
 def _num_splits(device: torch.device, blocks: int, max_tokens: int) -> int:
@@ -127,39 +131,32 @@ def attend_kernel(
     ``is_extend``: sequences have the rows that ``row_starts`` says; otherwise one each.
     """
     numbers = elements(dtype, is_vector=is_vector)
-    lanes, load_vector, store = numbers.lanes, numbers.load_vector, numbers.store
+    lanes, load_vector = numbers.lanes, numbers.load_vector
     vectors = -(-head_dim // lanes)  # of one head
     token_lanes = min(WARP, 1 << (vectors - 1).bit_length())  # that read one token together
     held = -(-vectors // token_lanes)  # vectors to a lane
     width = held * lanes
     tokens = WARP // token_lanes  # that a warp reads at once
     queries = heads * rows
-    ahead = ATTENTION_AHEAD
-    read_numbers = ahead * width
-    num_numbers, all_heads, step = queries * width, queries * head_dim, ATTENTION_WARPS * tokens * ahead
+    num_numbers, step = queries * width, ATTENTION_WARPS * tokens
     readers = ATTENTION_WARPS * tokens  # sets of lanes with a running softmax of their own
     threads, peaks, all_numbers = ATTENTION_WARPS * WARP, readers * queries, readers * queries * head_dim
     many_rows = rows > 1
     reach = tuple(2**k for k in range(5) if 2**k < token_lanes)[::-1] or (0,)
-    nothing = float32(-math.inf)
+    merge = merge_in_block(dtype, readers, heads, rows, head_dim, threads, is_split=is_split)
 
     @cuda.jit(device=True)
-    def read_head(cells, start, lane, values, first, vector):  # type: ignore[no-untyped-def]
-        """This lane's numbers of one head, to ``values`` from the ``first`` on; 0 past the head's end."""
+    def read_head(cells, start, lane, values, vector):  # type: ignore[no-untyped-def]
+        """This lane's numbers of one head; 0 past its end."""
         for v in range(held):
             index = v * token_lanes + lane
             if index < vectors:
                 load_vector(cells, start + index * lanes, vector)
                 for k in range(lanes):
-                    values[first + v * lanes + k] = vector[k]
+                    values[v * lanes + k] = vector[k]
             else:
                 for k in range(lanes):
-                    values[first + v * lanes + k] = float32(0)
-
-    @cuda.jit(device=True)
-    def share(mine, best):  # type: ignore[no-untyped-def]
-        """What a score, or a running sum with the maximum ``mine``, counts beside the maximum ``best``."""
-        return float32(0) if mine == nothing else exp(mine - best)
+                    values[v * lanes + k] = float32(0)
 
     def attend(  # type: ignore[no-untyped-def]
         query,
@@ -189,9 +186,8 @@ def attend_kernel(
         acc = cuda.local.array(num_numbers, float32)
         peak = cuda.local.array(queries, float32)
         total = cuda.local.array(queries, float32)
-        key = cuda.local.array(read_numbers, float32)
-        value = cuda.local.array(read_numbers, float32)
-        score = cuda.local.array(ahead, float32)
+        key = cuda.local.array(width, float32)
+        value = cuda.local.array(width, float32)
         vector = cuda.local.array(lanes, float32)
         warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
         part, place = lane % token_lanes, lane // token_lanes
@@ -213,56 +209,49 @@ def attend_kernel(
             for h in range(heads):
                 i = r * heads + h
                 row, head = min(first + r, last - 1), min(tile * heads + h, group - 1)
-                read_head(query, row * row_stride + (kv_head * group + head) * head_stride, part, key, 0, vector)
+                read_head(query, row * row_stride + (kv_head * group + head) * head_stride, part, key, vector)
                 for k in range(width):
                     q[i * width + k] = key[k] * scale
                     acc[i * width + k] = float32(0)
-                peak[i], total[i] = nothing, float32(0)
-        for base in range(begin + warp * tokens * ahead, end, step):
-            for a in range(ahead):
-                token = base + a * tokens + place
-                if token < end:
-                    page = page_table[sequence * table_width + token // page_size]
-                    at = ((page * kv_heads + kv_head) * page_size + token % page_size) * head_dim
-                    read_head(key_pages, at, part, key, a * width, vector)
-                    read_head(value_pages, at, part, value, a * width, vector)
+                peak[i], total[i] = NOTHING, float32(0)
+        for base in range(begin + warp * tokens, end, step):
+            token = base + place
+            is_here = token < end
+            at = 0
+            if is_here:
+                page = page_table[sequence * table_width + token // page_size]
+                at = ((page * kv_heads + kv_head) * page_size + token % page_size) * head_dim
+                read_head(key_pages, at, part, key, vector)
+                read_head(value_pages, at, part, value, vector)
             for r in range(rows):
-                first_seen, last_seen = 0, end
+                is_seen = is_here
                 if many_rows:
                     length = lengths[min(first + r, last - 1)]
-                    last_seen = min(end, length)
-                    if window > 0:
-                        first_seen = length - window
+                    is_seen = is_here and token < length and (window == 0 or token >= length - window)
                 for h in range(heads):
                     i = r * heads + h
-                    highest = peak[i]
-                    for a in range(ahead):
-                        token = base + a * tokens + place
-                        logit = float32(0)
-                        if token < end:
-                            for k in range(width):
-                                logit += q[i * width + k] * key[a * width + k]
-                        for far in reach:
-                            if far > 0:
-                                logit += cuda.shfl_xor_sync(ALL_LANES, logit, far)
-                        if has_softcap:
-                            logit = softcap * math.tanh(logit / softcap)
-                        score[a] = logit
-                        if token >= first_seen and token < last_seen and logit > highest:
-                            highest = logit
-                    if highest > peak[i]:
-                        fading = share(peak[i], highest)
-                        peak[i] = highest
-                        total[i] *= fading
+                    score = float32(0)
+                    if is_here:
                         for k in range(width):
-                            acc[i * width + k] *= fading
-                    for a in range(ahead):
-                        token = base + a * tokens + place
-                        if token >= first_seen and token < last_seen:
-                            weight = share(score[a], highest)  # a score may be minus infinity
-                            total[i] += weight
+                            score += q[i * width + k] * key[k]
+                    for far in reach:
+                        if far > 0:
+                            score += cuda.shfl_xor_sync(ALL_LANES, score, far)
+                    if has_softcap:
+                        score = softcap * math.tanh(score / softcap)
+                    if is_seen:
+                        weight = float32(1)
+                        if score > peak[i]:
+                            fading = share(peak[i], score)
+                            peak[i] = score
+                            total[i] *= fading
                             for k in range(width):
-                                acc[i * width + k] += weight * value[a * width + k]
+                                acc[i * width + k] *= fading
+                        else:
+                            weight = share(score, peak[i])  # a first score may be minus infinity
+                        total[i] += weight
+                        for k in range(width):
+                            acc[i * width + k] += weight * value[k]
         reader = warp * tokens + place
         for i in range(queries):
             if part == 0:
@@ -274,54 +263,12 @@ def attend_kernel(
                         slot = (reader * queries + i) * head_dim + index * lanes + k
                         merged[slot] = acc[i * width + v * lanes + k]
         cuda.syncthreads()
-        for j in range(cuda.threadIdx.x, all_heads, threads):
-            i, channel = j // head_dim, j % head_dim
-            row, head = first + i // heads, tile * heads + i % heads
-            if row < last and head < group:
-                best, weight, number = nothing, float32(0), float32(0)
-                for found in range(i, readers * queries, queries):
-                    best = max(best, peak_of[found])
-                for found in range(i, readers * queries, queries):
-                    counts = share(peak_of[found], best)
-                    weight += total_of[found] * counts
-                    number += merged[found * head_dim + channel] * counts
-                place_out = row * num_heads + kv_head * group + head
-                if is_split:
-                    slot = cuda.blockIdx.z * num_rows * num_heads + place_out
-                    sums[slot * head_dim + channel] = number
-                    if channel == 0:
-                        maxima[slot] = best
-                        maxima[cuda.gridDim.z * num_rows * num_heads + slot] = weight
-                else:
-                    store(out, place_out * head_dim + channel, number / weight)
+        merge(
+            merged, peak_of, total_of, out, sums, maxima,
+            first, last, tile * heads, kv_head * group, group, num_rows, num_heads,
+        )  # fmt: skip
 
     cells, wide, ints = pointer(dtype), pointer(torch.float32), pointer(torch.int32)
     inputs = cells, cells, cells, ints, ints, ints
     scalars = *[INT] * 5, LONG, LONG, INT, FLOAT, FLOAT
     return Kernel(attend, *inputs, cells, wide, wide, *scalars, max_threads=threads)
-
-
-@functools.cache
-def combine_kernel(dtype: torch.dtype) -> Kernel:
-    """Merges what the splits of a sequence found, a block to each head of each row."""
-    store = elements(dtype).store
-    nothing = float32(-math.inf)
-
-    def combine(sums, maxima, out, num_slots, head_dim, splits):  # type: ignore[no-untyped-def]
-        slot = cuda.blockIdx.x
-        best = nothing
-        for split in range(splits):
-            best = max(best, maxima[split * num_slots + slot])
-        for channel in range(cuda.threadIdx.x, head_dim, cuda.blockDim.x):
-            weight, number = float32(0), float32(0)
-            for split in range(splits):
-                place = split * num_slots + slot
-                peak, part = maxima[place], maxima[splits * num_slots + place]
-                if part != float32(0):  # what is not a number has no peak, and counts
-                    counts = float32(0) if peak == nothing else exp(peak - best)
-                    weight += part * counts
-                    number += sums[place * head_dim + channel] * counts
-            store(out, slot * head_dim + channel, number / weight)
-
-    wide = pointer(torch.float32)
-    return Kernel(combine, wide, wide, pointer(dtype), INT, INT, INT, max_threads=COMBINE_THREADS)

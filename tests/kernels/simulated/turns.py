@@ -130,8 +130,12 @@ def _syncwarp(_cuda: Any, mask: int = 0xFFFFFFFF) -> None:
     _lanes(mask, None)
 
 
-def _shfl(_cuda: Any, mask: int, value: Any, source: int) -> Any:
-    return _lanes(mask, value)[1][int(source) % WARP]
+def _shfl(_cuda: Any, mask: int, value: Any, source: int | tuple[int, ...]) -> Any:
+    """As on a GPU; of several lanes at once it gives a tuple, which twins of whole-warp instructions use."""
+    values = _lanes(mask, value)[1]
+    if isinstance(source, tuple):
+        return tuple(values[lane] for lane in source)
+    return values[int(source) % WARP]
 
 
 def _shfl_xor(_cuda: Any, mask: int, value: Any, step: int) -> Any:
