@@ -16,8 +16,8 @@ from tide_kernels.cuda.compact import move_kernel, partition_kernel
 from tide_kernels.cuda.exit_project import project_kernel
 from tide_kernels.cuda.kernel import Kernel
 from tide_kernels.cuda.kv_write import write_kernel
+from tide_kernels.cuda.lane_attention import attend_kernel
 from tide_kernels.cuda.launches import PARTITION_THREADS, SAMPLE_THREADS, SPECIALISED_WIDTHS
-from tide_kernels.cuda.paged_attention import attend_kernel
 from tide_kernels.cuda.rms_norm import norm_kernel
 from tide_kernels.cuda.rotary import rotary_kernel
 from tide_kernels.cuda.route import route_kernel

@@ -1,24 +1,20 @@
-"""The CUDA kernels of ``paged_decode_attention`` and ``paged_extend_attention``: flash decoding over pages.
+"""``paged_decode_attention`` and ``paged_extend_attention`` on a GPU: flash decoding over pages.
 
-A block takes one K/V head of one sequence and the few queries that read it: heads of the group, and of
-several rows where a sequence has more than one. A token's K is read 16 bytes to a lane by just as many lanes as that
-takes; the other lanes of the warp read the next tokens. Each such set of lanes keeps a running softmax of its own, and
-all of them are merged at the end. Where sequences are few, each is split over several blocks, and ``combine`` merges
-those.
+16-bit floats go to tensor cores (``tensor_attention``) where a probe gives what the kernel without them gives, anything
+else to ``lane_attention``. Where sequences are few, each is split over several blocks, and ``combine`` merges those.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import logging
 
 import torch
-from numba import cuda, float32
 from torch import Tensor
 
-from tide_kernels.cuda.attention_merge import NOTHING, combine_kernel, merge_in_block, share
+from tide_kernels.cuda.attention_merge import combine_kernel
 from tide_kernels.cuda.elements import elements, is_aligned
-from tide_kernels.cuda.kernel import FLOAT, INT, LONG, Kernel, num_processors, pointer
+from tide_kernels.cuda.kernel import IS_SIMULATED, num_processors
+from tide_kernels.cuda.lane_attention import attend_kernel
 from tide_kernels.cuda.launches import (
     ATTENTION_BLOCKS_PER_PROCESSOR,
     ATTENTION_MIN_TOKENS,
@@ -30,8 +26,13 @@ from tide_kernels.cuda.launches import (
     MAX_SPLITS,
     QUERY_NUMBERS_PER_BLOCK,
 )
-from tide_kernels.cuda.reductions import ALL_LANES, WARP
+from tide_kernels.cuda.reductions import WARP
 from tide_kernels.cuda.tensor_attention import product_kernel, takes_products
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOLERANCE = 0.02
+"""Relative error that weights in 16 bits can reach."""
 
 
 def paged_attention_cuda(
@@ -46,8 +47,12 @@ def paged_attention_cuda(
     scale: float,
     softcap: float,
     window: int,
+    may_multiply: bool | None = None,
 ) -> Tensor:
-    """``paged_extend_attention`` for checked arguments on a GPU; without ``row_starts`` every row is a sequence."""
+    """``paged_extend_attention`` for checked arguments on a GPU; without ``row_starts`` every row is a sequence.
+
+    ``may_multiply``: whether tensor cores compute where they can; None: if a probe says so.
+    """
     num_rows, num_heads, head_dim = query.shape
     _, kv_heads, page_size, _ = key_pages.shape
     key_pages, value_pages = key_pages.contiguous(), value_pages.contiguous()
@@ -58,6 +63,9 @@ def paged_attention_cuda(
     is_vector = head_dim % lanes == 0 and all(stride % lanes == 0 for stride in strides)
     is_vector = is_vector and is_aligned(query, key_pages, value_pages)
     by_products = is_vector and takes_products(query.device, query.dtype, head_dim, page_size)
+    if by_products:
+        is_open = may_multiply is None
+        by_products = products_are_right(query.device, query.dtype, head_dim) if is_open else bool(may_multiply)
     most = MAX_QUERIES_OF_PRODUCT if by_products else None
     heads, rows = queries_of_block(group, max_rows, head_dim, most)
     tiles, row_tiles = -(-group // heads), -(-max_rows // rows)
@@ -101,6 +109,47 @@ def paged_attention_cuda(
     return out
 
 
+def products_are_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether tensor cores give on this device what the other kernel gives, asked once. Not while a graph is captured,
+    as that holds nothing that was not run before."""
+    if IS_SIMULATED:
+        return True
+    key = device, dtype, head_dim
+    if key not in _PROBED and not torch.cuda.is_current_stream_capturing():
+        _PROBED[key] = _probe(device, dtype, head_dim)
+    return _PROBED.get(key, False)
+
+
+_PROBED: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+
+
+def _probe(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Attend with three sequences of random numbers by both kernels."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, kv_heads, group, page_size = [5, 33, 64], 2, 4, 16
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    table = torch.randperm(12, generator=generator).int().view(3, 4).to(device)
+    pages = random(12, kv_heads, page_size, head_dim), random(12, kv_heads, page_size, head_dim)
+    asked = random(3, kv_heads * group, head_dim), *pages, table, None, torch.tensor(lengths).int().to(device)
+    try:
+        by_products, by_lanes = (
+            paged_attention_cuda(
+                *asked, max_rows=1, scale=head_dim**-0.5, softcap=0.0, window=0, may_multiply=is_first
+            ).float()
+            for is_first in (True, False)
+        )
+    except Exception as error:  # the compiler's or the driver's, of which there is no list
+        logger.warning("attention does without tensor cores: %s", str(error).split("\n")[0])
+        return False
+    difference = float((by_products - by_lanes).norm() / by_lanes.norm())
+    if not difference <= PROBE_TOLERANCE:
+        logger.warning("attention does without tensor cores, which differ by %.2g in a probe", difference)
+    return difference <= PROBE_TOLERANCE
+
+
 def queries_of_block(group: int, max_rows: int, head_dim: int, most: int | None = None) -> tuple[int, int]:
     """Heads of a group, and rows of a sequence, that a block takes at once; ``most`` together, where that is given."""
     queries = most or min(MAX_QUERIES_PER_BLOCK, QUERY_NUMBERS_PER_BLOCK // head_dim)
@@ -111,164 +160,3 @@ def queries_of_block(group: int, max_rows: int, head_dim: int, most: int | None 
 def _num_splits(device: torch.device, blocks: int, max_tokens: int) -> int:
     wished = -(-ATTENTION_BLOCKS_PER_PROCESSOR * num_processors(device) // max(blocks, 1))
     return max(1, min(wished, max_tokens // ATTENTION_MIN_TOKENS, MAX_SPLITS))
-
-
-@functools.cache
-def attend_kernel(
-    dtype: torch.dtype,
-    head_dim: int,
-    heads: int,
-    rows: int,
-    page_size: int,
-    has_softcap: bool,
-    *,
-    is_extend: bool,
-    is_split: bool,
-    is_vector: bool,
-) -> Kernel:
-    """The kernel for one shape: ``heads`` and ``rows`` as ``queries_of_block`` gives them.
-
-    ``is_extend``: sequences have the rows that ``row_starts`` says; otherwise one each.
-    """
-    numbers = elements(dtype, is_vector=is_vector)
-    lanes, load_vector = numbers.lanes, numbers.load_vector
-    vectors = -(-head_dim // lanes)  # of one head
-    token_lanes = min(WARP, 1 << (vectors - 1).bit_length())  # that read one token together
-    held = -(-vectors // token_lanes)  # vectors to a lane
-    width = held * lanes
-    tokens = WARP // token_lanes  # that a warp reads at once
-    queries = heads * rows
-    num_numbers, step = queries * width, ATTENTION_WARPS * tokens
-    readers = ATTENTION_WARPS * tokens  # sets of lanes with a running softmax of their own
-    threads, peaks, all_numbers = ATTENTION_WARPS * WARP, readers * queries, readers * queries * head_dim
-    many_rows = rows > 1
-    reach = tuple(2**k for k in range(5) if 2**k < token_lanes)[::-1] or (0,)
-    merge = merge_in_block(dtype, readers, heads, rows, head_dim, threads, is_split=is_split)
-
-    @cuda.jit(device=True)
-    def read_head(cells, start, lane, values, vector):  # type: ignore[no-untyped-def]
-        """This lane's numbers of one head; 0 past its end."""
-        for v in range(held):
-            index = v * token_lanes + lane
-            if index < vectors:
-                load_vector(cells, start + index * lanes, vector)
-                for k in range(lanes):
-                    values[v * lanes + k] = vector[k]
-            else:
-                for k in range(lanes):
-                    values[v * lanes + k] = float32(0)
-
-    def attend(  # type: ignore[no-untyped-def]
-        query,
-        key_pages,
-        value_pages,
-        page_table,
-        row_starts,
-        lengths,
-        out,
-        sums,
-        maxima,
-        num_rows,
-        num_heads,
-        kv_heads,
-        table_width,
-        row_tiles,
-        row_stride,
-        head_stride,
-        window,
-        scale,
-        softcap,
-    ):
-        merged = cuda.shared.array(all_numbers, float32)
-        peak_of = cuda.shared.array(peaks, float32)
-        total_of = cuda.shared.array(peaks, float32)
-        q = cuda.local.array(num_numbers, float32)
-        acc = cuda.local.array(num_numbers, float32)
-        peak = cuda.local.array(queries, float32)
-        total = cuda.local.array(queries, float32)
-        key = cuda.local.array(width, float32)
-        value = cuda.local.array(width, float32)
-        vector = cuda.local.array(lanes, float32)
-        warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
-        part, place = lane % token_lanes, lane // token_lanes
-        sequence = cuda.blockIdx.x // row_tiles
-        kv_head, tile = cuda.blockIdx.y % kv_heads, cuda.blockIdx.y // kv_heads
-        group = num_heads // kv_heads
-        first, last = sequence, sequence + 1
-        if is_extend:
-            first = row_starts[sequence] + cuda.blockIdx.x % row_tiles * rows
-            last = row_starts[sequence + 1]
-        if first >= last:
-            return
-        begin, end = lengths[first], lengths[min(first + rows, last) - 1]  # rows of a sequence see ever more
-        begin = max(0, begin - window) if window > 0 else 0
-        each = (end - begin + cuda.gridDim.z - 1) // cuda.gridDim.z
-        begin += cuda.blockIdx.z * each
-        end = min(end, begin + each)
-        for r in range(rows):
-            for h in range(heads):
-                i = r * heads + h
-                row, head = min(first + r, last - 1), min(tile * heads + h, group - 1)
-                read_head(query, row * row_stride + (kv_head * group + head) * head_stride, part, key, vector)
-                for k in range(width):
-                    q[i * width + k] = key[k] * scale
-                    acc[i * width + k] = float32(0)
-                peak[i], total[i] = NOTHING, float32(0)
-        for base in range(begin + warp * tokens, end, step):
-            token = base + place
-            is_here = token < end
-            at = 0
-            if is_here:
-                page = page_table[sequence * table_width + token // page_size]
-                at = ((page * kv_heads + kv_head) * page_size + token % page_size) * head_dim
-                read_head(key_pages, at, part, key, vector)
-                read_head(value_pages, at, part, value, vector)
-            for r in range(rows):
-                is_seen = is_here
-                if many_rows:
-                    length = lengths[min(first + r, last - 1)]
-                    is_seen = is_here and token < length and (window == 0 or token >= length - window)
-                for h in range(heads):
-                    i = r * heads + h
-                    score = float32(0)
-                    if is_here:
-                        for k in range(width):
-                            score += q[i * width + k] * key[k]
-                    for far in reach:
-                        if far > 0:
-                            score += cuda.shfl_xor_sync(ALL_LANES, score, far)
-                    if has_softcap:
-                        score = softcap * math.tanh(score / softcap)
-                    if is_seen:
-                        weight = float32(1)
-                        if score > peak[i]:
-                            fading = share(peak[i], score)
-                            peak[i] = score
-                            total[i] *= fading
-                            for k in range(width):
-                                acc[i * width + k] *= fading
-                        else:
-                            weight = share(score, peak[i])  # a first score may be minus infinity
-                        total[i] += weight
-                        for k in range(width):
-                            acc[i * width + k] += weight * value[k]
-        reader = warp * tokens + place
-        for i in range(queries):
-            if part == 0:
-                peak_of[reader * queries + i], total_of[reader * queries + i] = peak[i], total[i]
-            for v in range(held):
-                index = v * token_lanes + part
-                if index < vectors:
-                    for k in range(lanes):
-                        slot = (reader * queries + i) * head_dim + index * lanes + k
-                        merged[slot] = acc[i * width + v * lanes + k]
-        cuda.syncthreads()
-        merge(
-            merged, peak_of, total_of, out, sums, maxima,
-            first, last, tile * heads, kv_head * group, group, num_rows, num_heads,
-        )  # fmt: skip
-
-    cells, wide, ints = pointer(dtype), pointer(torch.float32), pointer(torch.int32)
-    inputs = cells, cells, cells, ints, ints, ints
-    scalars = *[INT] * 5, LONG, LONG, INT, FLOAT, FLOAT
-    return Kernel(attend, *inputs, cells, wide, wide, *scalars, max_threads=threads)

@@ -119,6 +119,19 @@ def test_attention(dtype: torch.dtype, head_dim: int, num_heads: int, kv_heads: 
             check_attention(dtype, head_dim, num_heads, kv_heads, softcap, window, lengths)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_tensor_cores_are_used(head_dim: int, kind: torch.dtype) -> None:
+    """A probe that fails would leave them out with a warning, and everything else would pass."""
+    from tide_kernels.cuda.paged_attention import products_are_right
+    from tide_kernels.cuda.tensor_attention import takes_products
+
+    device = torch.device("cuda", 0)
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        assert takes_products(device, kind, head_dim, 32)
+        assert products_are_right(device, kind, head_dim)
+
+
 def check_attention(
     dtype: torch.dtype, head_dim: int, num_heads: int, kv_heads: int, softcap: float, window: int, lengths: list[int]
 ) -> None:

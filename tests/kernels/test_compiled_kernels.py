@@ -23,6 +23,8 @@ IMPORTANT = (
     "attention/bfloat16/128/4 heads/1 rows",
     "attention/bfloat16/128/1 heads/3 rows/unsplit",
     "attention/float16/128/4 heads/1 rows/unsplit",
+    "attention products/bfloat16/128/4 heads/1 rows/unsplit",
+    "attention products/float16/64/7 heads/1 rows/softcap",
     "combine/bfloat16",
     "sample/bfloat16/16 bytes",
 )
@@ -44,7 +46,8 @@ def test_kernels_compile_without_spills_and_without_float64(architecture: str) -
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    missing = [name for name in IMPORTANT if not any(kernel["name"].startswith(name) for kernel in compiled)]
+    expected = [name for name in IMPORTANT if architecture != "7.5" or not name.startswith("attention products")]
+    missing = [name for name in expected if not any(kernel["name"].startswith(name) for kernel in compiled)]
     assert not missing
     assert "attention/bfloat16/128/4 heads/1 rows/unsplit" in {kernel["name"] for kernel in compiled}
     for kernel in compiled:

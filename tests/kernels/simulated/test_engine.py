@@ -21,6 +21,7 @@ PROMPTS = [[5, 9, 3, 7, 8], [11, 4]]
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         ("paged_attention", "ATTENTION_WARPS", 1),
+        ("lane_attention", "ATTENTION_WARPS", 1),
         ("rms_norm", "NORM_THREADS", 32),
         ("silu_mul", "SILU_THREADS", 64),
         ("sample", "SAMPLE_THREADS", 32),

@@ -24,6 +24,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two warps, and splits of a few tokens."""
     for name, value in (("ATTENTION_WARPS", 2), ("ATTENTION_MIN_TOKENS", 8), ("COMBINE_THREADS", 32)):
         monkeypatch.setattr(f"tide_kernels.cuda.paged_attention.{name}", value)
+    monkeypatch.setattr("tide_kernels.cuda.lane_attention.ATTENTION_WARPS", 2)
 
 
 def make_case(dtype, generator, num_heads: int, kv_heads: int, head_dim: int, lengths: list[int], num_rows: int):
