@@ -1,9 +1,10 @@
 """What exits are worth in time, apart from quality: a seeded random share of tokens is made to exit at a boundary.
 
-For every number of residents R, full depth with the same R and the exiting engine under several launch policies take
-turns. ``ceiling`` is the speed-up if skipping were free; ``free_bound`` that of the best launch policy in the cost
-model at the same R if asking, parting rows and filling K/V cost nothing; ``bound`` the same at what they were measured
-to cost. ``realised`` is measured speed-up over bound, ``realised_of_free`` over the free one.
+For every number of residents R, full depth with the same R, the exiting engine under several launch policies, and full
+depth again take turns; how far its own turns are apart says what a ratio is worth. ``ceiling`` is the speed-up if
+skipping were free; ``free_bound`` that of the best launch policy in the cost model at the same R if asking, parting
+rows and filling K/V cost nothing; ``bound`` the same at what they were measured to cost. ``realised`` is measured
+speed-up over bound, ``realised_of_free`` over the free one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tide_ray.exits.readouts import ExitHead, KVHead
 from tide_ray.models import LoadedModel
 from tide_ray.models.adapter import KVShape
 
+AGAIN = "full depth, again"
 WARM_STEPS = 4
 MIN_TOKENS = 128
 STAGGER = 40
@@ -84,9 +86,11 @@ class Contender:
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    def speedup(self, base: Contender) -> float:
-        """Median ratio to ``base`` in the same round: what slows the machine for a while slows both."""
-        return statistics.median(own / other for own, other in zip(self.rates, base.rates, strict=True))
+    def speedup(self, full_depth: Sequence[Contender]) -> float:
+        """Median ratio to the mean of full depth's turns in the same round: what slows the machine for a while slows
+        all of them."""
+        means = [statistics.fmean(rates) for rates in zip(*(one.rates for one in full_depth), strict=True)]
+        return statistics.median(own / mean for own, mean in zip(self.rates, means, strict=True))
 
 
 def run_depth(
@@ -172,17 +176,18 @@ def _measure(
         Contender("all rows must agree", exiting, policy(lambda: LaunchPlanner(None, [share]), unanimous=True)),
         Contender("survivors at once", exiting, policy(lambda: LaunchPlanner(None, [share]))),
         Contender("wait for half", exiting, policy(lambda: WaitForFull(share))),
-        Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share]))),
+        (chooser := Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share])))),
+        Contender(AGAIN, full),
     ]
     if full.runner.adapter.device.type == "cuda":  # products of new shapes load their code first
         take_turns(contenders, prompts, WARM_STEPS, 1, 0.0)
         for contender in contenders:
             contender.rates.clear()
     take_turns(contenders, prompts, tokens, rounds, min_seconds)
-    base = contenders[0]
+    base = contenders[0], contenders[-1]
     limit = limits(costs, residents, [share])
     chosen = best_plan(costs, residents, [share])
-    speedup = contenders[-1].speedup(base)
+    speedup = chooser.speedup(base)
     return {
         "residents": residents,
         "prompt_tokens": len(prompts[0]),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_depth import Contender, answer_room, take_turns
+from bench_depth import AGAIN, Contender, answer_room, take_turns
 from bench_workload import Workload
 
 from tide_ray import EngineConfig, TideEngine
@@ -166,15 +166,16 @@ def _at_residents(
     rounds: int,
     min_seconds: float,
 ) -> dict[str, Any]:
-    """Decode rates with exactly this many residents, full depth and the exiting variants in turn."""
+    """Decode rates with exactly this many residents: full depth, the exiting variants and full depth again, in turn."""
     everyone = [Contender("full depth", full)]
     everyone += [Contender(variant.name, engine) for variant, engine in zip(variants, engines, strict=False)]
+    everyone.append(Contender(AGAIN, full))
     shorts = [prompts[n % len(prompts)][:PROMPT_TOKENS] for n in range(residents)]
     take_turns(everyone, shorts, DECODE_TOKENS, rounds, min_seconds)
-    base = everyone[0]
+    base = everyone[0], everyone[-1]
     return {
         "residents": residents,
         "tokens_per_second": {one.name: round(one.rate, 1) for one in everyone},
         "speedup": {one.name: round(one.speedup(base), 3) for one in everyone},
-        "boundaries_on": {one.name: one.engine.describe()["exits"]["boundaries_on"] for one in everyone[1:]},
+        "boundaries_on": {one.name: one.engine.describe()["exits"]["boundaries_on"] for one in everyone[1:-1]},
     }
