@@ -9,17 +9,26 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import boto3
 from botocore.exceptions import BotoCoreError
 
 from ports import free_port
+from tide_ray.data.object_path import ObjectPath
+from tide_ray.data.storage import storage_path
 
 
 class S3Server:
     """Its address, and the variables by which clients find it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self) -> None:
+        port = free_port()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "tester",
@@ -44,6 +53,11 @@ class S3Server:
         self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
+    def stop(self) -> None:
+        """From now on connections are refused."""
+        self._process.kill()
+        self._process.wait()
+
     def wait(self) -> None:
         deadline = time.monotonic() + 60
         while True:
@@ -58,16 +72,18 @@ class S3Server:
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """One that lasts for the block."""
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    server = S3Server()
     try:
-        server = S3Server(port)
         server.wait()
         yield server
     finally:
-        process.kill()
-        process.wait()
+        server.stop()
+
+
+def upload(folder: Path, url: str) -> None:
+    """Put all files of a folder below ``url``, where clients of this process look."""
+    target = storage_path(url, "output")
+    assert isinstance(target, ObjectPath)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (target / file.relative_to(folder).as_posix()).put(file.read_bytes())

@@ -117,6 +117,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert sorted(path.name for path in out.iterdir()) == before
 
 
+@pytest.mark.parametrize("more", [[], ["--output", "late.csv"]])
+def test_a_mistake_that_shows_after_many_rows_is_the_querys(
+    more: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    late = "SELECT if(n = 2999999, error('too late'), n) AS n FROM range(3000000) AS t(n)"
+    done = CliRunner().invoke(app, ["query", str(out), late, "--format", "csv", *more])
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.startswith("error: sql: ")
+    assert "too late" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_token_texts_that_cannot_be_had_are_noted(out: Path) -> None:
     done = CliRunner().invoke(app, ["query", str(out), "SELECT token FROM tokens LIMIT 1", "--format", "json"])
     assert done.exit_code == 0

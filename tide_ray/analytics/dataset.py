@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
@@ -22,7 +22,12 @@ import pyarrow as pa
 from tide_ray.analytics import views
 from tide_ray.analytics.outputs import JobOutput, find_outputs
 from tide_ray.analytics.vocabulary import VOCABULARY_SCHEMA, Vocabulary
-from tide_ray.types import UserError
+from tide_ray.data.object_path import ObjectPath
+from tide_ray.data.storage import StoragePath
+from tide_ray.types import JobError, UserError
+
+if TYPE_CHECKING:
+    from tide_ray.analytics.object_files import ObjectFiles
 
 DEFAULT_MEMORY_LIMIT = "2GB"
 BATCH_ROWS = 65_536
@@ -41,13 +46,14 @@ def load(
     """The outputs of jobs, ready to be queried.
 
     Args:
-        outputs: folders of jobs, or globs of folders.
+        outputs: folders of jobs, or globs of folders; also on object stores, as ``s3://BUCKET/KEY``.
         memory_limit: what DuckDB may hold before it spills, like ``2GB``.
         threads: CPU threads; default: all cores.
         spill_folder: where a folder for what does not fit is made; default: the system's temporary folder.
 
     Raises:
         UserError: there is no such output, it cannot be read, or a setting is wrong.
+        UnavailableError: an object store stopped answering.
     """
     paths = [outputs] if isinstance(outputs, str | Path) else list(outputs)
     if not paths:
@@ -78,7 +84,8 @@ class Analytics:
         except OSError as error:
             raise UserError(f"spill_folder: cannot write {str(spill_folder)!r}: {error.strerror}") from None
         self._removal = weakref.finalize(self, shutil.rmtree, spill, ignore_errors=True)
-        with _one_line("output"):
+        self._objects: ObjectFiles | None = None
+        with self._one_line("output"):
             self._connection = duckdb.connect(
                 ":memory:",
                 config={
@@ -91,18 +98,24 @@ class Analytics:
                     "preserve_insertion_order": "false",
                 },
             )
+            self._open_objects()
             self._make_views()
             self._shut()
 
     def arrow(self, query: str) -> pa.Table:
-        """The result of one SELECT, all of it in memory. Raises UserError for what is wrong with ``query``."""
-        with self._run(query) as result:
-            return result.to_arrow_table()
+        """The result of one SELECT, all of it in memory.
+
+        Raises:
+            UserError: for what is wrong with ``query``.
+            JobError: an object store stopped answering.
+        """
+        with self._one_line("sql"):
+            return self._relation(query).to_arrow_table()
 
     def pandas(self, query: str) -> Any:
         """The result as a ``pandas.DataFrame``. Raises as ``arrow`` does."""
-        with self._run(query) as result:
-            return result.df()
+        with self._one_line("sql"):
+            return self._relation(query).df()
 
     def records(self, query: str) -> list[dict[str, Any]]:
         """The result as Python values, a dict for each row. Raises as ``arrow`` does."""
@@ -110,9 +123,16 @@ class Analytics:
 
     @contextmanager
     def batches(self, query: str) -> Iterator[pa.RecordBatchReader]:
-        """The result batch by batch as it is computed, for results of any size. Raises as ``arrow`` does."""
-        with self._run(query) as result:
-            yield result.to_arrow_reader(BATCH_ROWS)
+        """The result batch by batch as it is computed, for results of any size. Raises as ``arrow`` does, its reader
+        too."""
+        with self._one_line("sql"):
+            reader = self._relation(query).to_arrow_reader(BATCH_ROWS)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            with self._one_line("sql"):
+                yield from reader
+
+        yield pa.RecordBatchReader.from_batches(reader.schema, batches())
 
     @property
     def notes(self) -> list[str]:
@@ -136,16 +156,25 @@ class Analytics:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _relation(self, query: str) -> duckdb.DuckDBPyRelation:
+        statements = self._connection.extract_statements(query)
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            raise UserError(f"sql must be one SELECT, got {' '.join(query.split())!r}")
+        if _TOKENS.search(query):
+            self._load_vocabularies()
+        # As a part of another query it cannot have a WITH clause that writes: those must be at the top.
+        return self._connection.sql(f"SELECT * FROM (\n{statements[0].query.rstrip('; ')}\n)")
+
     @contextmanager
-    def _run(self, query: str) -> Iterator[duckdb.DuckDBPyRelation]:
-        with _one_line("sql"):
-            statements = self._connection.extract_statements(query)
-            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise UserError(f"sql must be one SELECT, got {' '.join(query.split())!r}")
-            if _TOKENS.search(query):
-                self._load_vocabularies()
-            # As a part of another query it cannot have a WITH clause that writes: those must be at the top.
-            yield self._connection.sql(f"SELECT * FROM (\n{statements[0].query.rstrip('; ')}\n)")
+    def _one_line(self, field: str) -> Iterator[None]:
+        """What DuckDB says of a query or a file becomes a UserError in one line, of an object store a JobError."""
+        try:
+            yield
+        except (duckdb.Error, pa.ArrowException, OSError) as error:  # OSError: what it says amid a stream of batches
+            if self._objects is not None and (failure := self._objects.failure) is not None:
+                self._objects.failure = None
+                raise JobError(f"output: cannot read {failure.filename!r}: {failure.strerror}") from error
+            raise UserError(f"{field}: {' '.join(str(error).split())}") from error
 
     def _load_vocabularies(self) -> list[Vocabulary]:
         """The tokenizers, with their tokens in the tables behind ``tokens``. Loaded once, when first needed."""
@@ -157,6 +186,18 @@ class Analytics:
                 self._insert(f"{views.VOCABULARY}_{number}", vocabulary.table())
                 self._vocabularies.append(vocabulary)
         return self._vocabularies
+
+    def _open_objects(self) -> None:
+        """Have DuckDB read object stores through our client."""
+        files = [file for file in self._files() if isinstance(file, ObjectPath)]
+        if files:
+            from tide_ray.analytics.object_files import ObjectFiles
+
+            self._objects = ObjectFiles(files)
+            self._connection.register_filesystem(self._objects)
+
+    def _files(self) -> list[StoragePath]:
+        return [file for output in self.outputs for file in (*output.data, *output.errors)]
 
     def _make_views(self) -> None:
         self._create(views.NO_ROWS, views.ROWS_SCHEMA.empty_table())
@@ -176,8 +217,9 @@ class Analytics:
         """From now on: these files and nothing else, and no way back."""
         # It does not know how long lists are, and would hold all unnested tokens in order to look their texts up.
         self._connection.execute("SET disabled_optimizers = 'build_side_probe_side'")
-        files = [file for output in self.outputs for file in (*output.data, *output.errors)]
-        names = [views.literal(name) for file in files for name in dict.fromkeys((file, views.pattern(file)))]
+        names = [
+            views.literal(name) for file in self._files() for name in dict.fromkeys((str(file), views.pattern(file)))
+        ]
         self._connection.execute(f"SET allowed_paths = [{', '.join(names)}]")
         self._connection.execute("SET enable_external_access = false")
         self._connection.execute("SET lock_configuration = true")
@@ -200,12 +242,3 @@ def _same_tokenizer(outputs: Sequence[JobOutput]) -> list[list[str]]:
         key = tuple(output.facts.get(name) for name in ("model", "revision", "model_identity"))
         groups.setdefault(key, []).append(output.name)
     return list(groups.values())
-
-
-@contextmanager
-def _one_line(field: str) -> Iterator[None]:
-    """What DuckDB says of a query or a file becomes a UserError in one line."""
-    try:
-        yield
-    except (duckdb.Error, pa.ArrowException) as error:
-        raise UserError(f"{field}: {' '.join(str(error).split())}") from error

@@ -9,12 +9,14 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from tide_ray.analytics.outputs import JobOutput
 from tide_ray.data.schema import ERROR_SCHEMA, OPTIONAL_SCHEMA, OUTPUT_SCHEMA
+from tide_ray.data.storage import StoragePath
 
 RUN_COLUMN = "run"
 """The name of the output that a row is from, in every view."""
@@ -92,7 +94,7 @@ def errors_view(outputs: Sequence[JobOutput]) -> str:
     return _view("errors", NO_ERRORS, [(output.name, output.errors) for output in outputs])
 
 
-def _view(name: str, columns: str, sources: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _view(name: str, columns: str, sources: Sequence[tuple[str, Sequence[StoragePath]]]) -> str:
     """A view of the columns of an empty table, filled by name from part files."""
     selects = [f"SELECT * FROM {columns}"]
     selects += [f"SELECT {literal(run)} AS {RUN_COLUMN}, * FROM {parquet(files)}" for run, files in sources if files]
@@ -121,15 +123,15 @@ def tokens_view(groups: Sequence[Sequence[str]]) -> str:
     return f"CREATE VIEW tokens AS {' UNION ALL '.join(selects)}"
 
 
-def parquet(files: Sequence[str]) -> str:
+def parquet(files: Sequence[StoragePath]) -> str:
     """The part files as one relation. Folders named NAME=VALUE above them are no columns."""
     names = ", ".join(literal(pattern(file)) for file in files)
     return f"read_parquet([{names}], union_by_name = true, hive_partitioning = false)"
 
 
-def pattern(file: str) -> str:
-    """The glob that matches ``file`` only, which is what DuckDB takes paths for."""
-    return glob.escape(file)
+def pattern(file: StoragePath) -> str:
+    """What DuckDB finds ``file`` by: a glob that matches nothing else, on an object store its URL (``ObjectFiles``)."""
+    return glob.escape(str(file)) if isinstance(file, Path) else str(file)
 
 
 def literal(text: str) -> str:

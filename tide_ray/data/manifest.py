@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tide_ray.data.adoption import counted
 from tide_ray.data.parts import KINDS, part_checksum
-from tide_ray.data.reading import for_arrow, read_each
+from tide_ray.data.reading import damage_named, for_arrow, read_each
 from tide_ray.data.storage import StoragePath, files_in, name_below
 from tide_ray.types import UserError
 
@@ -42,10 +42,8 @@ def read_parts(folder: StoragePath, kind: str, columns: list[str]) -> Iterator[p
     """These columns of all parts, a part at a time. Raises UserError for a part that cannot be read."""
 
     def read(path: StoragePath) -> pa.Table:
-        try:
+        with damage_named(path):
             return pq.read_table(for_arrow(path), columns=columns, partitioning=None)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"output: {str(path)!r} is damaged: {' '.join(str(error).split())}") from None
 
     yield from read_each(part_files(folder, kind), read)
 

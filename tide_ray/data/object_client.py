@@ -29,7 +29,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store, from_url
 
-from tide_ray.data.object_path import ANY, NEW, ChangedError, ObjectFacts
+from tide_ray.data.object_path import ANY, NEW, ChangedError, ObjectFacts, UnavailableError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutResult
@@ -115,7 +115,9 @@ class Bucket:
                 raise FileNotFoundError(errno.ENOENT, "no such bucket or object", name) from None
             if isinstance(error, PermissionDeniedError | UnauthenticatedError) or FORBIDDEN in reason:
                 raise PermissionError(errno.EACCES, "access denied", name) from None
-            raise OSError(errno.EIO, reason, name) from None
+            raise UnavailableError(errno.EIO, reason, name) from None
+        except PermissionError as error:
+            raise PermissionError(error.errno, error.strerror, name) from None
 
 
 def _open_store(url: str) -> ObjectStore:

@@ -7,6 +7,7 @@ does so on condition (``put``).
 
 from __future__ import annotations
 
+import glob
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 4 << 20
 ANY = "any"
 NEW = "new"
+
+
+class UnavailableError(OSError):
+    """The store does not answer, or with an error of its own. What was asked may be there or not."""
 
 
 class ChangedError(OSError):
@@ -40,8 +45,8 @@ class ObjectFacts:
 class ObjectPath:
     """``scheme://bucket/key``. ``facts`` are there on paths from a listing, as of then.
 
-    Methods that ask the store raise OSError with a reason in ``strerror``: FileNotFoundError, PermissionError, or any
-    other where it does not answer.
+    Methods that ask the store raise OSError with the URL in ``filename`` and a reason in ``strerror``:
+    FileNotFoundError, PermissionError, or UnavailableError.
     """
 
     scheme: str
@@ -119,11 +124,22 @@ class ObjectPath:
             if fnmatchcase(key.rpartition("/")[2], pattern):
                 yield self._at(key, facts)
 
+    def folder_matches(self) -> list[ObjectPath]:
+        """The folders that this path names when it is read as a pattern, whose parts each match one name."""
+        found = [self._at("")]
+        for part in self.key.split("/"):
+            if glob.has_magic(part):
+                inner = (path for folder in found for path in folder.iterdir() if path.facts is None)
+                found = [path for path in inner if _is_match([path.name], [part])]
+            else:
+                found = [folder / part for folder in found]
+        return sorted(path for path in found if path.is_dir())
+
     def matches(self) -> list[ObjectPath]:
         """The objects that this path names when it is read as a pattern; ``**`` stands for any number of folders."""
         patterns = self.key.split("/")
         literal = patterns[:-1]
-        while literal and any(character in "/".join(literal) for character in "*?["):
+        while literal and glob.has_magic("/".join(literal)):
             literal.pop()
         return sorted(
             self._at(key, facts)

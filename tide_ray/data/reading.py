@@ -11,8 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from tide_ray.data.object_path import READ_AHEAD_BYTES, ObjectPath
+import pyarrow as pa
+
+from tide_ray.data.object_path import READ_AHEAD_BYTES, ObjectPath, UnavailableError
 from tide_ray.data.storage import CONCURRENT_REQUESTS, StoragePath, files_in
+from tide_ray.types import UserError
 
 Result = TypeVar("Result")
 
@@ -45,6 +48,21 @@ def for_arrow(path: StoragePath, *, is_sequential: bool = False) -> str | Binary
     if isinstance(path, Path):
         return str(path)
     return path.open() if is_sequential else path.open(buffering=0)
+
+
+@contextmanager
+def damage_named(path: StoragePath) -> Iterator[None]:
+    """What Arrow's readers raise of a file of the output becomes a UserError in one line.
+
+    Raises:
+        UnavailableError: an object store does not answer, which tells nothing of the file.
+    """
+    try:
+        yield
+    except UnavailableError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"output: {str(path)!r} is damaged: {' '.join(str(error).split())}") from None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ def job_status(output: str | StoragePath) -> dict[str, Any]:
 
     Raises:
         UserError: ``output`` holds no job.
+        UnavailableError: the object store stopped answering.
     """
     folder = JobFolder.existing(output)
     num_rows = folder.fields()["input_rows"]

@@ -14,6 +14,7 @@ from tide_ray.data.adoption import late_parts
 from tide_ray.data.compact import has_pending
 from tide_ray.data.job_folder import JobFolder
 from tide_ray.data.manifest import PartRecord, load_manifest, part_files
+from tide_ray.data.object_path import UnavailableError
 from tide_ray.data.parts import DATA_FOLDER, KINDS, is_intact, part_checksum
 from tide_ray.data.reading import fetched
 from tide_ray.data.schema import ERROR_SCHEMA, METADATA_PREFIX, OUTPUT_SCHEMA, as_of
@@ -42,6 +43,7 @@ def verify_job(output: str | StoragePath) -> Verification:
 
     Raises:
         UserError: ``output`` holds no job, or one whose own records are damaged.
+        UnavailableError: the object store stopped answering, which is no problem of the output.
     """
     folder = JobFolder.existing(output)
     job = folder.fields()
@@ -109,6 +111,8 @@ def _read_part(path: StoragePath, name: str, record: PartRecord | None, problems
             if record is not None and PartRecord(name, metadata.num_rows, file.stat().st_size, checksum) != record:
                 problems.append(f"{name}: not the file that the manifest lists")
             return pq.read_table(file, partitioning=None)  # a folder NAME=VALUE above it is no column
+    except UnavailableError:
+        raise
     except (pa.ArrowException, OSError) as error:
         problems.append(f"{name}: cannot be read: {' '.join(str(error).split())[:200]}")
         return None
