@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tide_ray.exits.certificates import LOSSES
 from tide_ray.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POLICIES = ("auto", "full", "static", "router", "confidence", "capacity", "posthoc")
 KV_POLICIES = ("fitted", "copy", "deferred", "full")
 MEASURES = ("probability", "margin", "entropy")
+LOSSES = ("tokens", "answers", "task")
+"""What a certificate may bound."""
 EXITS_WHEN = ("pays", "always")
 MODES = ("exits", "verified")
 COMPILE = ("auto", "off")

@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tide_ray.calibrate.certify_pvalues import KINDS
+from tide_ray.config import LOSSES
 from tide_ray.data.job_config import validated
-from tide_ray.exits.certificates import LOSSES
 from tide_ray.types import UserError
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from tide_ray.types import SamplingParams, UserError
 
 VERSION = 1
-LOSSES = ("tokens", "answers", "task")
 NEVER = math.inf
 
 _PLAIN = SamplingParams(temperature=0.0)
@@ -38,7 +37,7 @@ class Certificate:
     """A setting and what was shown of it.
 
     ``epsilon``: bound on the expected loss of a prompt; ``delta``: chance, over the certification prompts, that the
-    bound does not hold; ``loss``: what is bounded (``tokens``, ``answers`` or ``task``). ``thresholds`` (None: no exits
+    bound does not hold; ``loss``: what is bounded, of ``config.LOSSES``. ``thresholds`` (None: no exits
     there), ``prefill_threshold``: as in ExitSetting, with the last ``prefill_tail`` prompt tokens always running every
     layer. ``p_value_kind``, ``p_value``: of the setting, at ``epsilon``; None where nothing was certified but full
     depth. ``num_prompts``: that it was tested on, with ``num_ordering_prompts`` others to order the settings;
