@@ -172,3 +172,18 @@ def test_a_job_on_a_bucket_that_is_killed_at_a_third_goes_on_and_has_every_row_o
         _, said = again.communicate(timeout=200)
         assert (again.returncode, verify_job(out).problems) == (3, []), said[-3000:]
         assert what in said
+
+    # With other settings it would be another job: that one starts beside it, and both are whole.
+    def written() -> dict[str, Any]:
+        """All but who owns the output, which everyone who looks at it does for a moment."""
+        return {path.key: path.stat() for path in out.rglob("*") if path.name not in ("_lock", "_attempt.json")}
+
+    before = written()
+    beside = attempt(max_tokens=3, force_new_run=True)
+    _, said = beside.communicate(timeout=200)
+    assert beside.returncode == 3, said[-3000:]
+    assert f"this one is in {out}-2" in " ".join(said.split())
+    found = verify_job(f"{out}-2")
+    assert (found.is_finished, found.num_results, found.num_errors, found.problems) == (True, num_rows, 1, [])
+    assert json.loads((in_bucket(bucket, "out-2") / "run.json").read_text())["generated_tokens"] == 3 * num_rows
+    assert (verify_job(out).problems, written()) == ([], before)
