@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tide_ray.data.reports import Reports
+from tide_ray.data.verify import verify_job
 from tide_ray.types import JobError
 
 DRIVER = Path(__file__).with_name("bench_faults_driver.py")
@@ -207,3 +209,51 @@ class Job:
         start, before = time.monotonic(), set(self.parts())
         wait_until(lambda: not set(self.parts()) <= before, "the next part was committed", process)
         return time.monotonic() - start
+
+
+@dataclass(slots=True)
+class Bench:
+    """What all scenarios share."""
+
+    cluster: Any
+    scratch: Path
+    num_rows: int
+    finished_rows: int
+    settings: dict[str, Any]
+    jobs: list[Job] = field(default_factory=list)
+
+    def job(self, name: str, prompts: list[dict[str, Any]] | None = None, **settings: Any) -> Job:
+        rows = prompts or [{"prompt": f"Say something about the number {i}."} for i in range(self.num_rows)]
+        settings = {**self.settings, "address": self.cluster.address, **settings}
+        job = Job(self.scratch / name, rows, settings)
+        self.jobs.append(job)
+        return job
+
+
+def measured(
+    job: Job, exit_codes: list[int], recovery: float | None, *, rejected: int = 0, **more: Any
+) -> dict[str, Any]:
+    """The counts of a job that is over. Raises JobError if ``tide-ray verify`` finds anything wrong."""
+    ids: Counter[str] = Counter()
+    counts = dict.fromkeys(("data", "errors"), 0)
+    for kind in counts:
+        for path in (job.out / kind).glob("*.parquet"):
+            rows = pq.read_table(path, columns=["row_id"], partitioning=None)["row_id"].to_pylist()
+            counts[kind] += len(rows)
+            ids.update(rows)
+    if problems := verify_job(job.out).problems:
+        raise JobError(f"{job.folder.name}: {problems[0]}")
+    if counts["errors"] != rejected:
+        raise JobError(f"{job.folder.name}: {counts['errors']} rows are rejected, {rejected} should be")
+    expected = len(job.prompts)
+    return {
+        "expected": expected,
+        "committed": sum(counts.values()),
+        "rejected": counts["errors"],
+        "doubled": sum(count - 1 for count in ids.values()),
+        "lost": expected - len(ids),
+        "regenerated": max(job.num_started - expected, 0),
+        "recovery_seconds": None if recovery is None else round(recovery, 2),
+        "exit_codes": exit_codes,
+        **more,
+    }

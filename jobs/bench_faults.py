@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_fault_runs import two_nodes
-from bench_fault_scenarios import SCENARIOS, Bench
+from bench_fault_runs import Bench, two_nodes
+from bench_fault_scenarios import SCENARIOS
 from rich.console import Console
 from rich.table import Table
 
