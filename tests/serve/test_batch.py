@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from serving import ENGINE, MODEL, Running
 from tide_ray.cli import app
-from tide_ray.serve.batch import CHAT_URL, COMPLETIONS_URL
+from tide_ray.serve.batch_requests import CHAT_URL, COMPLETIONS_URL
 from tide_ray.serve.protocol import ChatCompletionResponse, CompletionResponse
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]

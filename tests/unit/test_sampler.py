@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
 )
 
 from tide_ray.engine import sampler as sampler_module
-from tide_ray.engine.sampler import Sampler, SamplingRow, argmax, processed_probabilities, uniform
+from tide_ray.engine.draws import argmax, uniform
+from tide_ray.engine.sampler import Sampler, SamplingRow, processed_probabilities
 from tide_ray.types import SamplingParams
 
 VOCAB = 3000

@@ -12,7 +12,7 @@ from torch import Tensor
 from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.reservoir import Reservoir
 from tide_ray.calibrate.trace import Tracer, TraceRows
-from tide_ray.engine.sampler import argmax
+from tide_ray.engine.draws import argmax
 from tide_ray.exits.readouts import ExitHead, KVHead, kv_width
 from tide_ray.models.adapter import Adapter, KVShape
 

@@ -9,8 +9,8 @@ import torch
 
 from tide_ray.calibrate.corpus import Example, leading
 from tide_ray.calibrate.trace import Tracer
+from tide_ray.engine.draws import argmax
 from tide_ray.engine.kv_cache import KVCache
-from tide_ray.engine.sampler import argmax
 from tide_ray.models.adapter import Adapter
 
 MAX_ROWS = 256

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.trace import MAX_ROWS, batches
+from tide_ray.engine.draws import argmax
 from tide_ray.engine.kv_cache import KVCache
 from tide_ray.engine.kv_fill import KVFill
 from tide_ray.engine.rows import LaunchCache, RowBatch, RowSpan, attends_by_row, build_rows
-from tide_ray.engine.sampler import argmax
 from tide_ray.exits.checkpoint import Boundary
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import Rotary

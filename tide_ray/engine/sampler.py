@@ -1,14 +1,13 @@
 """Chooses the next token of every row: greedy, or a draw from the processed distribution, in one vectorised call.
 
 The order is HuggingFace ``generate``'s: repetition penalty, suppression (min_tokens), temperature, top_k, top_p, min_p.
-A draw is the inverse CDF in token-id order at a uniform that depends on (seed, position) only, so a request gets the
-same tokens alone or in any batch. Equally likely tokens are kept or dropped together by top_k (as in HuggingFace) and
-by top_p (where HuggingFace keeps an arbitrary part of them), so that no result hangs on a sort's order of ties.
+A draw depends on the row alone (see ``draws``), so a request gets the same tokens alone or in any batch. Equally
+likely tokens are kept or dropped together by top_k (as in HuggingFace) and by top_p (where HuggingFace keeps an
+arbitrary part of them), so that no result hangs on a sort's order of ties.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -17,18 +16,16 @@ import numpy as np
 import torch
 
 from tide_kernels import gpu
-from tide_kernels.sample import SamplingRules, random_bits, sample_tokens
+from tide_kernels.sample import SamplingRules, sample_tokens
 from tide_ray.engine.choice import Choice, SampledTokens
+from tide_ray.engine.draws import UINT64_MASK, argmax, draw, uniform
 from tide_ray.engine.transfers import upload, upload_one
 from tide_ray.types import SamplingParams
 
 FIRST_CANDIDATES = 64
 MORE_CANDIDATES = 1024
 """How many of the likeliest tokens top_p looks at first and next, before it sorts the whole vocabulary."""
-BLOCK = 256
 MIN_TEMPERATURE = 1e-6
-
-_UINT64_MASK = 2**64 - 1
 
 Settle: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -101,7 +98,7 @@ def _chosen_in_one_launch(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> 
     arrays: list[np.ndarray] = [
         np.array([heats, [row.params.top_p for row in rows], [row.params.min_p for row in rows]], dtype=np.float32),
         np.array([min(max(row.params.top_k, 0), logits.shape[1]) for row in rows], dtype=np.int32),
-        np.array([row.seed & _UINT64_MASK for row in rows], dtype=np.uint64).view(np.int64),
+        np.array([row.seed & UINT64_MASK for row in rows], dtype=np.uint64).view(np.int64),
         np.array([row.position for row in rows], dtype=np.int64),
     ]
     (heats_there, top_ps, min_ps), top_ks, seeds, positions = upload(arrays, logits.device)
@@ -117,16 +114,6 @@ def processed_probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -
         ids = torch.arange(logits.shape[1], device=logits.device).expand_as(weights) if group.ids is None else group.ids
         probabilities[group.rows] = torch.zeros_like(probabilities[group.rows]).scatter_(1, ids, weights)
     return probabilities
-
-
-def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """One float64 in [0, 1) for each (seed, position), the same whatever else is asked for.
-
-    The bits are those of ``random_bits``, the generator that the GPU kernel draws from as well.
-    """
-    seed = np.array([s & _UINT64_MASK for s in seeds], dtype=np.uint64)
-    position = np.array([p & _UINT64_MASK for p in positions], dtype=np.uint64)
-    return (random_bits(seed, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(slots=True)
@@ -261,44 +248,6 @@ def _by_token_id(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -
     width = max(1, int((weights > 0).sum(dim=-1).max()))
     ids, order = ids[:, :width].sort(dim=-1)
     return _Group(rows, weights[:, :width].gather(1, order), ids)
-
-
-def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse CDF: the first column whose cumulative weight exceeds ``uniform * total``, never one of weight 0.
-
-    Args:
-        weights: [r, C], not negative, not normalised.
-        uniforms: [r] float64 in [0, 1).
-
-    Returns:
-        Column indices [r]. Two levels (blocks, then within one block) keep the float64 work small.
-    """
-    num_columns = weights.shape[1]
-    num_blocks = -(-num_columns // BLOCK)
-    weights = torch.nn.functional.pad(weights, (0, num_blocks * BLOCK - num_columns))
-    blocks = weights.view(len(weights), num_blocks, BLOCK)
-    reached = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    target = (uniforms * reached[:, -1])[:, None]
-    block = _first_above(reached, target)
-    target = target - torch.where(block > 0, reached.gather(1, (block - 1).clamp_min(0)), 0.0)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(dim=-1, dtype=torch.float64)
-    column = block * BLOCK + _first_above(inner, target)
-    return column[:, 0].clamp_max(num_columns - 1)  # out of range only for a row of NaN, which must not fail the batch
-
-
-def _first_above(reached: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """First column of a cumulative sum [r, C] above ``target`` [r, 1], else (rounding at u ~ 1) the last that grew."""
-    column = torch.searchsorted(reached, target, right=True)
-    last = torch.searchsorted(reached, reached[:, -1:].contiguous())
-    return torch.minimum(column, last).clamp_max(reached.shape[1] - 1)
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """First index of each row's largest value, [R, V] -> [R]; in two levels, as torch's is slow on bfloat16."""
-    width = math.gcd(logits.shape[1], BLOCK)
-    blocks = logits.reshape(len(logits), logits.shape[1] // width, width)
-    best = blocks.amax(dim=-1).argmax(dim=-1)
-    return best * width + blocks[torch.arange(len(blocks), device=logits.device), best].argmax(dim=-1)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

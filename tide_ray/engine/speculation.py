@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tide_ray.engine.sampler import SamplingRow, draw, processed_probabilities, uniform
+from tide_ray.engine.draws import draw, uniform
+from tide_ray.engine.sampler import SamplingRow, processed_probabilities
 from tide_ray.engine.sequence import Draft, Proposal, Sequence
 from tide_ray.engine.transfers import upload, upload_one
 

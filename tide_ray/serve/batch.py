@@ -1,41 +1,34 @@
 """OpenAI's batch files through the offline job: requests in, answers out, failures in a file of their own.
 
-A line is ``{custom_id, method, url, body}``. Its body is read as the server reads it, becomes one row of a job for each
-completion, and the rows' results become a response as the server writes it. The job's folder stays beside the output,
-so that an interrupted batch goes on where it stopped.
+Lines become rows of a job (``batch_requests``), and the rows' results become a response as the server writes it. The
+job's folder stays beside the output, so that an interrupted batch goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 from rich.console import Console
 
 from tide_ray.data.job import EXIT_OK, EXIT_ROW_ERRORS, run_generate
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.parts import DATA_FOLDER, ERRORS_FOLDER
 from tide_ray.data.schema import METADATA_PREFIX
-from tide_ray.data.storage import commit_file
 from tide_ray.exits.certificates import pick
-from tide_ray.exits.checkpoint import read_certificates
-from tide_ray.serve.calls import AS_MANY_AS_FIT, PARAM_NAMES, Call, chat_call, completion_call
-from tide_ray.serve.errors import Failure, from_user_error, invalid
-from tide_ray.serve.protocol import ChatCompletionRequest, CompletionRequest
+from tide_ray.exits.checkpoint_files import read_certificates
+from tide_ray.files import appearing
+from tide_ray.serve.batch_requests import CHAT_URL, KEPT, custom_id_of, lines_of, write_rows
+from tide_ray.serve.calls import AS_MANY_AS_FIT, PARAM_NAMES
+from tide_ray.serve.errors import Failure, from_user_error
 from tide_ray.serve.responses import Answer, ChatWriter, CompletionWriter, fingerprint_text
 from tide_ray.types import CompletionOutput, RequestOutput, UserError
 
-CHAT_URL = "/v1/chat/completions"
-COMPLETIONS_URL = "/v1/completions"
 FOLDER_SUFFIX = ".job"
-KEPT = ("batch_line", "batch_id", "batch_url", "batch_prompt", "batch_choice", "batch_rows")
 _FIXED = (
     "prompts",
     "prompt_column",
@@ -100,7 +93,7 @@ def run_batch(
     model_id = model_id or probe.model
     paths.folder.mkdir(parents=True, exist_ok=True)
     rows = paths.folder / "requests.jsonl"
-    num_lines, failures = _write_rows(paths.source, rows, model_id, _certified_tokens(probe))
+    num_lines, failures = write_rows(paths.source, rows, model_id, _certified_tokens(probe))
     job = paths.folder / "rows"
     if rows.stat().st_size:
         settings = {
@@ -129,97 +122,6 @@ def _certified_tokens(config: GenerateJobConfig) -> int:
     return pick(read_certificates(config.exits), config.max_disagreement, config.certified_loss).max_tokens
 
 
-def _write_rows(source: Path, target: Path, model_id: str, most_tokens: int) -> tuple[int, dict[int, Failure]]:
-    """Write the job's rows for every line that can be run. Returns the number of lines, and what the others lack."""
-    failures: dict[int, Failure] = {}
-    seen: set[str] = set()
-    num_lines = 0
-    with target.open("w", encoding="utf-8") as file:
-        for number, line in _lines(source):
-            num_lines += 1
-            made = _request(line, model_id, seen)
-            if isinstance(made, Failure):
-                failures[number] = made
-                continue
-            custom_id, url, call = made
-            for row in _rows(number, custom_id, url, call, most_tokens):
-                file.write(json.dumps(row) + "\n")
-    if not num_lines:
-        raise UserError(f"input: no lines in {str(source)!r}")
-    return num_lines, failures
-
-
-def _lines(source: Path) -> Iterator[tuple[int, str]]:
-    with source.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file):
-            if line.strip():
-                yield number, line
-
-
-def _request(line: str, model_id: str, seen: set[str]) -> tuple[str, str, Call] | Failure:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return invalid("the line is not JSON", code="invalid_json")
-    if not isinstance(entry, dict):
-        return invalid("the line must be an object with custom_id, method, url and body")
-    custom_id, url, body = entry.get("custom_id"), entry.get("url"), entry.get("body", {})
-    if not isinstance(custom_id, str) or not custom_id:
-        return invalid("custom_id must be a non-empty string", "custom_id")
-    if custom_id in seen:
-        return invalid(f"custom_id {custom_id[:100]!r} is used twice", "custom_id")
-    seen.add(custom_id)
-    if entry.get("method", "POST") != "POST":
-        return invalid("method must be POST", "method")
-    if url not in (CHAT_URL, COMPLETIONS_URL):
-        return invalid(f"url must be {CHAT_URL} or {COMPLETIONS_URL}", "url")
-    call = _call(url, body)
-    if isinstance(call, Failure):
-        return call
-    assert isinstance(body, dict), "it has been read"
-    if body["model"] != model_id:
-        return Failure(404, f"the model {body['model'][:200]!r} does not exist", "model_not_found", "model")
-    if call.params.logprobs is not None:
-        return invalid("logprobs are not available in a batch", "logprobs")
-    if body.get("stream"):
-        return invalid("stream is not available in a batch", "stream")
-    return custom_id, url, call
-
-
-def _call(url: str, body: Any) -> Call | Failure:
-    try:
-        if url == CHAT_URL:
-            return chat_call(ChatCompletionRequest.model_validate(body))
-        return completion_call(CompletionRequest.model_validate(body))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        param = ".".join(str(part) for part in problem["loc"])[:200]
-        return invalid(f"{param or 'body'}: {problem['msg']}", param or None, "invalid_value")
-
-
-def _rows(number: int, custom_id: str, url: str, call: Call, most_tokens: int) -> Iterator[dict[str, Any]]:
-    params = {name: value for name, value in dataclasses.asdict(call.params).items() if value is not None}
-    params |= {
-        "n": 1,
-        "max_tokens": call.params.max_tokens if call.has_limit else min(call.params.max_tokens, most_tokens),
-    }
-    for prompt_index, prompt in enumerate(call.prompts):
-        column = "messages" if url == CHAT_URL else "prompt" if isinstance(prompt, str) else "prompt_token_ids"
-        for choice in range(call.params.n):
-            own = {**params, **({} if call.params.seed is None else {"seed": call.params.seed + choice})}
-            yield {
-                "id": f"{number}-{prompt_index}-{choice}",
-                column: prompt,
-                "sampling_params": own,
-                "batch_line": number,
-                "batch_id": custom_id,
-                "batch_url": url,
-                "batch_prompt": prompt_index,
-                "batch_choice": choice,
-                "batch_rows": call.num_completions,
-            }
-
-
 def _row_failures(job: Path) -> dict[int, Failure]:
     """What the engine refused, by line."""
     found = {}
@@ -233,7 +135,7 @@ def _write_answers(paths: BatchPaths, job: Path, model_id: str, failures: Mappin
     """Write a response for every line all of whose rows are there; only requests of several rows are held in memory."""
     waiting: dict[int, list[dict[str, Any]]] = {}
     count = 0
-    with _replaced(paths.target) as file:
+    with appearing(paths.target) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for path in sorted((job / DATA_FOLDER).glob("*.parquet")):
             fingerprint = _fingerprint(path)
             for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
@@ -287,18 +189,10 @@ def _write_failures(paths: BatchPaths, failures: Mapping[int, Failure]) -> None:
     if not failures:
         paths.errors.unlink(missing_ok=True)
         return
-    with _replaced(paths.errors) as file:
-        for number, line in _lines(paths.source):
+    with appearing(paths.errors) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for number, line in lines_of(paths.source):
             if (failure := failures.get(number)) is not None:
-                file.write(_answer_line(_custom_id(line), number, failure.status, failure.body, failure))
-
-
-def _custom_id(line: str) -> str | None:
-    try:
-        value = json.loads(line)["custom_id"]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        return None
-    return value if isinstance(value, str) else None
+                file.write(_answer_line(custom_id_of(line), number, failure.status, failure.body, failure))
 
 
 def _answer_line(
@@ -309,15 +203,3 @@ def _answer_line(
     return (
         json.dumps({"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}) + "\n"
     )
-
-
-@contextmanager
-def _replaced(target: Path) -> Iterator[TextIO]:
-    """A file that appears as ``target`` once it is complete."""
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-        commit_file(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
