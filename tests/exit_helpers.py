@@ -15,7 +15,8 @@ from tide_ray import EngineConfig, TideEngine
 from tide_ray.engine.cost_model import LaunchPlan
 from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.exits.certificates import Certificate, guarantee_text
-from tide_ray.exits.checkpoint import FINGERPRINT, Boundary, Routers, as_facts, fingerprint_of, weights_sha256
+from tide_ray.exits.checkpoint import FINGERPRINT, Boundary, Routers, as_facts, fingerprint_of
+from tide_ray.exits.checkpoint_files import weights_sha256
 from tide_ray.exits.gates import NUM_PLACES, Gate, PrefillGate
 from tide_ray.exits.policies import ForcedExits
 from tide_ray.exits.readouts import ExitHead, KVHead

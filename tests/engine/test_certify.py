@@ -21,7 +21,8 @@ from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig
 from tide_ray.calibrate.corpus import Example
 from tide_ray.calibrate.replay import nothing_stops
 from tide_ray.exits.certificates import ExitSetting
-from tide_ray.exits.checkpoint import Routers, add_certificates
+from tide_ray.exits.checkpoint import Routers
+from tide_ray.exits.checkpoint_files import add_certificates
 from tiny_models import TOKENIZER_VOCAB_SIZE, VOCAB_SIZE, build_tiny_model, save_shallow_model
 
 NUM_CALIBRATED, NUM_CERTIFIED = 48, 160

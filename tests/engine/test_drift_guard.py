@@ -24,7 +24,7 @@ from tide_ray.data.logs import JobLog
 from tide_ray.data.shadow import DriftGuard, OrderedLosses, ShadowOptions, is_shadowed
 from tide_ray.engine.async_engine import AsyncEngine
 from tide_ray.exits.certificates import ExitSetting
-from tide_ray.exits.checkpoint import add_certificates, read_certificates
+from tide_ray.exits.checkpoint_files import add_certificates, read_certificates
 from tiny_models import TOKENIZER_VOCAB_SIZE, save_shallow_model
 
 EPSILON, MAX_TOKENS = 0.3, 12

@@ -16,7 +16,7 @@ from tide_ray.calibrate.config import EvaluationConfig
 from tide_ray.calibrate.evaluate import evaluate, is_right, last_number
 from tide_ray.calibrate.follow import answer, follow, follow_text
 from tide_ray.calibrate.job import run_evaluate
-from tide_ray.exits.checkpoint import add_certificates
+from tide_ray.exits.checkpoint_files import add_certificates
 from tide_ray.models import load
 from tiny_models import TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tide_ray import UserError
-from tide_ray.exits.checkpoint import add_certificates, read_certificates
+from tide_ray.exits.checkpoint_files import add_certificates, read_certificates
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from references import loaded
 from tide_ray import EngineConfig, SamplingParams, TideEngine, UserError
 from tide_ray.engine.exit_setup import exit_rules
 from tide_ray.exits.certificates import NEVER, ExitSetting, guarantee_text, pick
-from tide_ray.exits.checkpoint import Routers, add_certificates, read_certificates
+from tide_ray.exits.checkpoint import Routers
+from tide_ray.exits.checkpoint_files import add_certificates, read_certificates
 from tiny_models import build_tiny_model
 
 

@@ -20,7 +20,7 @@ from tide_ray.calibrate.config import CertificationConfig, CheckpointPrompts, Ev
 from tide_ray.cli import app
 from tide_ray.data.cluster import connected
 from tide_ray.data.job_config import GenerateJobConfig
-from tide_ray.exits.checkpoint import add_certificates
+from tide_ray.exits.checkpoint_files import add_certificates
 from tide_ray.types import UserError
 from tiny_models import build_tiny_model
 

@@ -12,7 +12,8 @@ import torch
 from exit_helpers import make_routers
 from references import loaded
 from tide_ray import EngineConfig, TideEngine, UserError
-from tide_ray.exits.checkpoint import FACTS_FILE, FINGERPRINT, WEIGHTS_FILE, Routers
+from tide_ray.exits.checkpoint import FINGERPRINT, Routers
+from tide_ray.exits.checkpoint_files import FACTS_FILE, WEIGHTS_FILE
 from tide_ray.exits.readouts import unit_rms
 from tide_ray.exits.rotary import CANDIDATES, find_rotary
 from tide_ray.models.adapter import Adapter

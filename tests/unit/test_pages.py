@@ -14,7 +14,7 @@ from pages import Page, words
 from references import loaded
 from tide_ray.calibrate import figures
 from tide_ray.calibrate.pages import write_evaluation_page, write_report, write_sweep_page
-from tide_ray.exits.checkpoint import add_certificates
+from tide_ray.exits.checkpoint_files import add_certificates
 from tide_ray.pages.drawing import COLOURS
 from tiny_models import build_tiny_model
 

@@ -24,7 +24,8 @@ from tide_ray.config import EngineConfig
 from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.memory import return_freed_memory
 from tide_ray.exits.certificates import NEVER, Certificate, ExitSetting, guarantee_text
-from tide_ray.exits.checkpoint import FINGERPRINT, Routers, add_certificates, fingerprint_of, weights_sha256
+from tide_ray.exits.checkpoint import FINGERPRINT, Routers, fingerprint_of
+from tide_ray.exits.checkpoint_files import add_certificates, weights_sha256
 from tide_ray.models.load import LoadedModel
 from tide_ray.types import UserError
 

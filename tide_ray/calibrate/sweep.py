@@ -34,7 +34,7 @@ from tide_ray.data.cluster import connected
 from tide_ray.data.lock import locked
 from tide_ray.data.run_facts import software_versions
 from tide_ray.data.storage import commit_file
-from tide_ray.exits.checkpoint import check_output_folder
+from tide_ray.exits.checkpoint_files import check_output_folder
 from tide_ray.types import UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tide_ray.calibrate.calibrate import fitting_examples
+from tide_ray.calibrate.calibration import fitting_examples
 from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.calibrate.corpus import read_lines, read_prompts, split
 from tide_ray.calibrate.sweep_config import SweepModel
@@ -20,7 +20,7 @@ from tide_ray.calibrate.sweep_report import FAILED, KEPT, OK, STOPPED
 from tide_ray.calibrate.sweep_task import LOADING, Task
 from tide_ray.data.identity import model_identity
 from tide_ray.data.storage import commit_file
-from tide_ray.exits.checkpoint import routers_identity
+from tide_ray.exits.checkpoint_files import routers_identity
 from tide_ray.models.load import DEMO
 from tide_ray.types import UserError
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tide_ray.calibrate.calibrate import fitting_examples, make_routers, new_calibration, open_engine
+from tide_ray.calibrate.calibrate import make_routers, new_calibration, open_engine
+from tide_ray.calibrate.calibration import fitting_examples
 from tide_ray.calibrate.corpus import Example, answer, answers, split
 from tide_ray.calibrate.fitting import Fitter
 from tide_ray.calibrate.pages import write_report

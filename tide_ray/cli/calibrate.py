@@ -189,7 +189,7 @@ def import_tide(
             | {"trust_remote_code": trust_remote_code}
         )
 
-        from tide_ray.exits.checkpoint import check_output_folder
+        from tide_ray.exits.checkpoint_files import check_output_folder
         from tide_ray.exits.tide_import import import_tide
         from tide_ray.models.load import load_as
 

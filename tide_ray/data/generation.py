@@ -26,7 +26,7 @@ from tide_ray.data.schema import optional_columns
 from tide_ray.data.snapshot import snapshot_files
 from tide_ray.data.storage import StoragePath
 from tide_ray.exits.certificates import pick
-from tide_ray.exits.checkpoint import read_certificates
+from tide_ray.exits.checkpoint_files import read_certificates
 from tide_ray.types import JobError, UserError
 
 if TYPE_CHECKING:

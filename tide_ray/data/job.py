@@ -25,7 +25,7 @@ from tide_ray.data.run_facts import job_fields, job_id, print_summary, software_
 from tide_ray.data.snapshot import write_snapshot
 from tide_ray.data.storage import StoragePath, absolute, storage_path
 from tide_ray.exits.certificates import pick
-from tide_ray.exits.checkpoint import read_certificates
+from tide_ray.exits.checkpoint_files import read_certificates
 from tide_ray.types import JobError, UserError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tide_ray.data.prompts import non_default_params
 from tide_ray.data.schema import SCHEMA_VERSION
 from tide_ray.data.snapshot import Snapshot
 from tide_ray.data.storage import StoragePath
-from tide_ray.exits.checkpoint import routers_identity
+from tide_ray.exits.checkpoint_files import routers_identity
 
 REPORTED_PACKAGES = ("tide-ray", "torch", "transformers", "ray", "pyarrow")
 

@@ -1,14 +1,12 @@
-"""Router checkpoints: a folder with ``routers.safetensors`` and ``routers.json``. Nothing in it is executable.
+"""Router checkpoints: boundaries and what they were made for, saved and loaded. ``checkpoint_files`` has the folder.
 
 ``Routers.load`` refuses a checkpoint that was made for another model, dtype, K/V policy or chat template, naming the
-field that differs, because thresholds hold for what they were calibrated on only. Certificates, where there are any,
-are part of ``routers.json``: readers that do not know them see a checkpoint without.
+field that differs, because thresholds hold for what they were calibrated on only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,16 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tide_ray.exits.certificates import Certificate
+from tide_ray.exits.checkpoint_files import (
+    FACTS_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    check_output_folder,
+    identity_of,
+    read_facts,
+    weights_sha256,
+    write_facts,
+)
 from tide_ray.exits.gates import Gate, PrefillGate
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, gate_for_inference
-from tide_ray.files import appearing
 from tide_ray.models.adapter import KVShape
 from tide_ray.models.load import LoadedModel
 from tide_ray.types import UserError
 
-WEIGHTS_FILE, FACTS_FILE = "routers.safetensors", "routers.json"
-FORMAT = "tide-ray routers, version 2"
-MAX_FACTS_BYTES = 16 << 20
 FINGERPRINT = ("model_fingerprint", "revision", "dtype", "kv_policy", "chat_template", "num_layers", "hidden_size")
 
 
@@ -137,13 +141,13 @@ class Routers:
                 )
             save_file(tensors, unfinished / WEIGHTS_FILE)
             facts = {"format": FORMAT, **asdict(self.facts), "boundaries": entries}
-            _write_facts(unfinished / FACTS_FILE, facts)
+            write_facts(unfinished / FACTS_FILE, facts)
             if path.exists():
                 shutil.rmtree(path)
             unfinished.rename(path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        self.identity = _identity(path)
+        self.identity = identity_of(path)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Routers:
@@ -153,7 +157,7 @@ class Routers:
             UserError: the folder is not a complete checkpoint of this format.
         """
         path = Path(folder)
-        raw = _read_facts(path)
+        raw = read_facts(path)
         try:
             facts = RouterFacts(
                 **{f.name: raw[f.name] for f in fields(RouterFacts) if f.name != "kv_shapes"},
@@ -173,7 +177,7 @@ class Routers:
         for certificate in certificates:
             if (len(certificate.thresholds), certificate.fingerprint, certificate.weights_sha256) != expected:
                 raise UserError(f"exits: a certificate in {str(path)!r} was made for another checkpoint")
-        return cls(boundaries, facts, _identity(path), certificates, raw.get("certification", {}))
+        return cls(boundaries, facts, identity_of(path), certificates, raw.get("certification", {}))
 
     def check_made_for(self, expected: Mapping[str, Any]) -> None:
         """Compare the fingerprint.
@@ -185,44 +189,6 @@ class Routers:
             ours = getattr(self.facts, name)
             if ours != expected[name]:
                 raise UserError(f"exits: {name}: routers were made for {ours!r}, this engine has {expected[name]!r}")
-
-
-def add_certificates(
-    folder: str | os.PathLike[str], certificates: Sequence[Certificate], figures: Mapping[str, Any]
-) -> None:
-    """Put certificates into a checkpoint, at once or not at all, with the figures of the run that made them.
-
-    Certificates for the same epsilon and loss are replaced.
-    """
-    path = Path(folder)
-    raw = _read_facts(path)
-    replaced = {(c.epsilon, c.loss) for c in certificates}
-    kept = [entry for entry in raw.get("certificates", []) if (entry["epsilon"], entry["loss"]) not in replaced]
-    raw["certificates"] = [*kept, *(certificate.to_json() for certificate in certificates)]
-    raw["certification"] = dict(figures)
-    with appearing(path / FACTS_FILE) as unfinished:
-        _write_facts(unfinished, raw)
-
-
-def read_certificates(folder: str | os.PathLike[str]) -> list[Certificate]:
-    """The certificates of a checkpoint, without its weights.
-
-    Raises:
-        UserError: the folder is no checkpoint, or they are damaged.
-    """
-    path = Path(folder)
-    try:
-        return [Certificate.from_json(entry) for entry in _read_facts(path).get("certificates", [])]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"exits: a damaged certificate in {str(path)!r} ({error})") from None
-
-
-def check_output_folder(path: Path) -> None:
-    """A checkpoint replaces only a checkpoint (or an empty folder). Raises UserError for anything else."""
-    if path.is_dir() and any(path.iterdir()) and not (path / FACTS_FILE).is_file():
-        raise UserError(f"output: a folder that is not a router checkpoint is in the way, got {str(path)!r}")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output must be a folder, got the file {str(path)!r}")
 
 
 def fingerprint_of(model: LoadedModel, *, kv_policy: str, num_layers: int, hidden_size: int) -> dict[str, Any]:
@@ -237,29 +203,6 @@ def fingerprint_of(model: LoadedModel, *, kv_policy: str, num_layers: int, hidde
         "num_layers": num_layers,
         "hidden_size": hidden_size,
     }
-
-
-def _write_facts(file: Path, facts: Mapping[str, Any]) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(facts, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    file = path / FACTS_FILE
-    if not file.is_file() or not (path / WEIGHTS_FILE).is_file():
-        raise UserError(f"exits must be a router checkpoint ({FACTS_FILE}, {WEIGHTS_FILE}), got {str(path)!r}")
-    if file.stat().st_size > MAX_FACTS_BYTES:
-        raise UserError(f"exits: {FACTS_FILE} is larger than {MAX_FACTS_BYTES >> 20} MiB in {str(path)!r}")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"exits: {FACTS_FILE} is not JSON in {str(path)!r} ({error})") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"exits: format: expected {FORMAT!r}, got {found!r} in {str(path)!r}")
-    return raw
 
 
 def _boundary(entry: Mapping[str, Any], facts: RouterFacts, tensors: Mapping[str, Tensor]) -> Boundary:
@@ -281,32 +224,6 @@ def _boundary(entry: Mapping[str, Any], facts: RouterFacts, tensors: Mapping[str
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         module.load_state_dict(state, strict=True)
     return boundary
-
-
-def routers_identity(folder: str | os.PathLike[str]) -> str:
-    """What identifies a checkpoint's contents. Raises UserError when it is none."""
-    path = Path(folder)
-    _read_facts(path)
-    return _identity(path)
-
-
-def weights_sha256(folder: str | os.PathLike[str]) -> str:
-    """A digest of a checkpoint's weights, which certificates hold for."""
-    return _digest(Path(folder) / WEIGHTS_FILE)
-
-
-def _identity(path: Path) -> str:
-    """A digest of both files, for run records."""
-    return _digest(path / FACTS_FILE, path / WEIGHTS_FILE)[:16]
-
-
-def _digest(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def as_facts(

@@ -70,18 +70,6 @@ def kv_width(shapes: Sequence[KVShape]) -> int:
     return sum(2 * shape.num_heads * shape.head_dim for shape in shapes)
 
 
-def split_layers(flat: Tensor, shapes: Sequence[KVShape]) -> list[tuple[Tensor, Tensor]]:
-    """``[N, kv_width]`` as views: K and V of each layer, each ``[N, H_kv, d]``."""
-    rows = []
-    start = 0
-    for shape in shapes:
-        width = 2 * shape.num_heads * shape.head_dim
-        both = flat[:, start : start + width].unflatten(1, (2, shape.num_heads, shape.head_dim))
-        rows.append((both[:, 0], both[:, 1]))
-        start += width
-    return rows
-
-
 def gate_for_inference(gate: Gate, device: torch.device, dtype: torch.dtype) -> Gate:
     """The gate on the model's device: its network in float32, its shortlist in the model's dtype."""
     gate = gate.to(device).eval().requires_grad_(False)
