@@ -70,7 +70,7 @@ def _timed(engine: TideEngine) -> Iterator[dict[str, float]]:
         (engine.scheduler, "schedule", "scheduling"),
         (runner, "build_rows", "scheduling"),
         (engine.committer, "commit", "scheduling"),
-        (engine, "add_request", "requests"),
+        (engine.requests, "add", "requests"),
     ]
     modules = itertools.chain.from_iterable(layer.modules() for layer in adapter.running_layers)
     linears = [module for module in modules if isinstance(module, LINEAR_MODULES)]

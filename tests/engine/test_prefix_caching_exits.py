@@ -149,7 +149,7 @@ def test_over_any_workload_answers_are_right_and_no_page_leaks(kv_policy: str | 
     while left or engine.has_unfinished_requests():
         for number in list(left)[: chance.randint(0, 2)]:
             engine.add_request(str(number), *left.pop(number))
-        running = list(engine._requests)
+        running = engine.requests.running
         if running and chance.random() < 0.05:
             aborted.add(name := chance.choice(running))
             engine.abort(name)

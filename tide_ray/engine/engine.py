@@ -19,21 +19,21 @@ from tide_kernels.paged_attention import unfit_heads
 from tide_ray.config import EngineConfig
 from tide_ray.engine.admission import RequestMaker, as_list, params_for_each
 from tide_ray.engine.committer import Committer
-from tide_ray.engine.deltas import Deltas
 from tide_ray.engine.exit_setup import certificate_of, describe_costs, describe_exits, install_exits, load_routers
 from tide_ray.engine.launch import Launch
 from tide_ray.engine.memory import keep_freed_memory, plan_memory, return_freed_memory
 from tide_ray.engine.prefix_cache import PrefixCache
 from tide_ray.engine.preparation import memory_and_graphs, position_limit, prepared, runs_ahead
-from tide_ray.engine.requests import PromptEncoder, Request, rejected, to_output
+from tide_ray.engine.request_book import RequestBook
+from tide_ray.engine.requests import PromptEncoder, to_output
 from tide_ray.engine.runner import Runner
 from tide_ray.engine.scheduler import Scheduler
 from tide_ray.engine.selfcheck import selfcheck
-from tide_ray.engine.sequence import Sequence, now_us
+from tide_ray.engine.sequence import now_us
 from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
 from tide_ray.models.load import LoadedModel, load_as, missing_kernels_as_user_errors
-from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams, UserError
+from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams
 
 WARM_UP_ROWS = 16
 
@@ -108,11 +108,7 @@ class TideEngine:
         self.runs_ahead = runs_ahead(config, self.runner)
         self._in_flight: deque[Launch] = deque()  # queued and not read, oldest first
         self.encoder = PromptEncoder(model.tokenizer, adapter.config.vocab_size)
-        self._requests: dict[str, Request] = {}
-        self._deltas: dict[str, Deltas] = {}  # of the unfinished requests that are handed out piece by piece
-        self._finished: dict[str, RequestOutput] = {}  # not yet returned
-        self._claimed: set[str] = set()  # requests of a running generate or stream, which step must not return
-        self._maker = RequestMaker(
+        maker = RequestMaker(
             model,
             config,
             routers,
@@ -120,6 +116,7 @@ class TideEngine:
             num_kv_tokens=plan.num_pages * config.page_size,
             vocab_size=adapter.config.vocab_size,
         )
+        self.requests = RequestBook(self.encoder, maker, self.scheduler, self.stats, model.tokenizer)
         self._numbers = itertools.count()
 
     @classmethod
@@ -172,15 +169,11 @@ class TideEngine:
         ids = [f"generate-{next(self._numbers)}" for _ in many]
         try:
             for request_id, prompt, one in zip(ids, many, each, strict=True):
-                self._claimed.add(request_id)
-                self.add_request(request_id, prompt, one)
-            running = list(ids)
-            while running:
-                if running[-1] in self._requests:
+                self.requests.add(request_id, prompt, one, is_claimed=True)
+            for request_id in reversed(ids):
+                while self.requests.get(request_id) is not None:
                     self._advance()
-                else:
-                    running.pop()
-            return [self._finished.pop(request_id) for request_id in ids]
+            return [self.requests.pop(request_id) for request_id in ids]
         finally:
             for request_id in ids:
                 self.abort(request_id)
@@ -190,15 +183,15 @@ class TideEngine:
         request_id = f"stream-{next(self._numbers)}"
         num_seen = 0
         try:
-            self._claimed.add(request_id)
-            self.add_request(request_id, prompt, sampling_params or SamplingParams(), streaming=True)
-            while (request := self._requests.get(request_id)) is not None:
+            params = sampling_params or SamplingParams()
+            self.requests.add(request_id, prompt, params, is_claimed=True, streaming=True)
+            while (request := self.requests.get(request_id)) is not None:
                 self._advance()
                 num_tokens = sum(len(sequence.output_ids) for sequence in request.sequences)
                 if num_tokens > num_seen and not request.is_finished:
                     num_seen = num_tokens
                     yield to_output(request, self.tokenizer, finished=False)
-            yield self._finished.pop(request_id)
+            yield self.requests.pop(request_id)
         finally:
             self.abort(request_id)
 
@@ -225,38 +218,15 @@ class TideEngine:
         Raises:
             UserError: ``request_id`` is in use.
         """
-        if request_id in self._requests or request_id in self._finished:
-            raise UserError(f"request_id must be unique among running requests, got {request_id!r}")
-        text: str | None = prompt if isinstance(prompt, str) else None
-        prompt_ids: list[int] = []
-        try:
-            text, prompt_ids = self.encoder.encode(prompt)
-            streaming = streaming or delta_interval_us is not None
-            request = self._maker.make(request_id, text, prompt_ids, params, streaming=streaming)
-        except UserError as error:
-            self.stats.num_rejected_requests += 1
-            self._finished[request_id] = rejected(request_id, text, prompt_ids, str(error))
-            return
-        self._requests[request_id] = request
-        if delta_interval_us is not None:
-            self._deltas[request_id] = Deltas(request, delta_interval_us)
-        for sequence in request.sequences:
-            self.scheduler.add(sequence)
+        self.requests.add(request_id, prompt, params, streaming=streaming, delta_interval_us=delta_interval_us)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; nothing happens when it is unknown."""
-        self._claimed.discard(request_id)
-        self._finished.pop(request_id, None)
-        self._deltas.pop(request_id, None)
-        request = self._requests.pop(request_id, None)
-        for sequence in request.sequences if request else ():
-            if not sequence.is_finished:
-                sequence.finish_reason = "abort"
-                self.scheduler.remove(sequence)
+        self.requests.remove(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` still has something to run or to return."""
-        return len(self._requests) + len(self._finished) > len(self._claimed)
+        return self.requests.has_unclaimed
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run and commit one launch; returns the requests that finished (or were rejected).
@@ -266,14 +236,7 @@ class TideEngine:
         runs meanwhile advance too, and are left for it.
         """
         self._advance()
-        outputs = [
-            self._finished.pop(request_id) for request_id in list(self._finished) if request_id not in self._claimed
-        ]
-        if self._deltas:
-            time_us = now_us()
-            news = (deltas.take(self.tokenizer, time_us) for deltas in self._deltas.values())
-            outputs += [output for output in news if output is not None]
-        return outputs
+        return self.requests.take()
 
     def _advance(self) -> None:
         """Queue a step, then take in the one before, or, where steps do not run ahead, the same."""
@@ -287,7 +250,7 @@ class TideEngine:
                 self._in_flight.append(launch)
             self.scheduler.launched(spans, launch.sequences if launch is not None else ())
             runs_ahead = self.runs_ahead and launch is not None and launch.may_be_read_later
-            while len(self._in_flight) > (runs_ahead and self.runner.may_run_ahead and bool(self._requests)):
+            while len(self._in_flight) > (runs_ahead and self.runner.may_run_ahead and self.requests.has_running):
                 self._take_in(len(self._in_flight) - 1)
         except BaseException:
             self.scheduler.launch_failed([sequence for launch in self._in_flight for sequence in launch.sequences])
@@ -297,18 +260,8 @@ class TideEngine:
     def _take_in(self, num_left: int) -> None:
         """Read and commit the oldest steps in flight until ``num_left`` are left."""
         while len(self._in_flight) > num_left:
-            self._finish(self.committer.commit(self._in_flight[0].read()))
+            self.requests.finish(self.committer.commit(self._in_flight[0].read()))
             self._in_flight.popleft()
-
-    def _finish(self, sequences: Seq[Sequence]) -> None:
-        for sequence in sequences:
-            request = self._requests.get(sequence.request_id)
-            if request is not None and request.is_finished:  # several of its sequences may end in one launch
-                deltas = self._deltas.pop(request.request_id, None)
-                output = None if deltas is None else deltas.take(self.tokenizer, now_us())
-                self._finished[request.request_id] = output or to_output(request, self.tokenizer)
-                del self._requests[request.request_id]
-                self.stats.num_finished_requests += 1
 
     def describe(self) -> dict[str, Any]:
         """Facts of this engine for run records: model, policy, limits, threads."""
