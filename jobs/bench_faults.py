@@ -18,6 +18,7 @@ from bench_fault_scenarios import SCENARIOS
 from rich.console import Console
 from rich.table import Table
 
+from tide_ray.messages import one_line
 from tide_ray.types import JobError, UserError
 
 COLUMNS = (
@@ -50,7 +51,7 @@ def _outcome(bench: Bench, name: str) -> dict[str, Any]:
     try:
         return SCENARIOS[name](bench, name)
     except (JobError, OSError, subprocess.TimeoutExpired) as error:
-        return {**dict.fromkeys(COLUMNS), "failed": " ".join(str(error).split())}
+        return {**dict.fromkeys(COLUMNS), "failed": one_line(error)}
     finally:
         for job in bench.jobs:
             job.end_all()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tide_ray.messages import one_line
+
 if TYPE_CHECKING:
     from bench_workload import Workload
 
@@ -87,7 +89,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, JobError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from tide_ray.types import UserError
+from tide_ray.types import UserError, is_integer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POLICIES = ("auto", "full", "static", "router", "confidence", "capacity", "posthoc")
@@ -110,9 +111,8 @@ class EngineConfig:
     selfcheck: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name, known in (
+            ("dtype", DTYPES),
             ("policy", POLICIES),
             ("exits_when", EXITS_WHEN),
             ("mode", MODES),
@@ -122,19 +122,18 @@ class EngineConfig:
             ("confidence_measure", MEASURES),
             ("certified_loss", LOSSES),
         ):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.kv_policy is not None and self.kv_policy not in KV_POLICIES:
-            raise UserError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, got {self.kv_policy!r}")
+            check_choice(name, getattr(self, name), known)
+        if self.kv_policy is not None:
+            check_choice("kv_policy", self.kv_policy, KV_POLICIES)
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_threads"):
             value = getattr(self, name)
             if value is None and name not in ("max_num_batched_tokens", "page_size"):
                 continue
-            if not _is_integer(value) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise UserError(f"{name} must be a positive integer, got {value!r}")
         if not _is_share(self.kv_memory_fraction):
             raise UserError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
-        if not _is_integer(self.seed):
+        if not is_integer(self.seed):
             raise UserError(f"seed must be an integer, got {self.seed!r}")
         for name in ("trust_remote_code", "prefix_caching", "selfcheck"):
             if not isinstance(getattr(self, name), bool):
@@ -150,9 +149,9 @@ class EngineConfig:
         return "full" if self.exits is None else "router"
 
     def _check_policy(self) -> None:
-        if self.exit_layer is not None and not _is_integer(self.exit_layer):
+        if self.exit_layer is not None and not is_integer(self.exit_layer):
             raise UserError(f"exit_layer must be an integer, got {self.exit_layer!r}")
-        if not isinstance(self.skip_layers, (list, tuple)) or not all(map(_is_integer, self.skip_layers)):
+        if not isinstance(self.skip_layers, (list, tuple)) or not all(map(is_integer, self.skip_layers)):
             raise UserError(f"skip_layers must be a list of layer numbers, got {self.skip_layers!r}")
         chosen = [
             name
@@ -194,7 +193,7 @@ class EngineConfig:
                 raise UserError(f"{name} must be in (0, 1], got {value!r}")
         for name in ("exit_min_depth", "prefill_tail"):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 0:
+            if not is_integer(value) or value < 0:
                 raise UserError(f"{name} must be an integer of at least 0, got {value!r}")
         for name in ("exit_threshold", "exit_error", "max_disagreement", "kv_policy", "prefill_share"):
             if self.exits is None and getattr(self, name) is not None:
@@ -231,8 +230,10 @@ class EngineConfig:
                 raise UserError(f"max_disagreement and {name} exclude each other, got {name} {getattr(self, name)!r}")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """Raises UserError unless the setting ``name`` has one of the values that are ``known``."""
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _is_share(value: object) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 ChatMessage: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
@@ -25,6 +25,11 @@ class UserError(ValueError):
 
 class JobError(RuntimeError):
     """The job failed for a reason that is not the user's; the message is one line, the CLI exits with 1."""
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a setting's value is one; true and false, which Python takes for 1 and 0, are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name not in integers:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise UserError(f"{name} must be an integer, got {value!r}")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", *optional):
             value = getattr(self, name)
@@ -111,7 +116,7 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop must hold non-empty strings, got {text!r}")
         for token_id in self.stop_token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
+            if not is_integer(token_id):
                 raise UserError(f"stop_token_ids must hold integers, got {token_id!r}")
 
     def _check_ranges(self) -> None:

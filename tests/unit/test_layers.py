@@ -18,7 +18,7 @@ LAYERS = (
     ("tide_ray.exits",),
     ("tide_ray.models",),
     ("tide_ray.config", "tide_ray.pages"),
-    ("tide_ray.types", "tide_ray.files"),
+    ("tide_ray.types", "tide_ray.files", "tide_ray.messages"),
     ("tide_kernels",),
 )
 """From the top. Those of one layer do not import each other. ``jobs`` may import anything; nothing imports it."""

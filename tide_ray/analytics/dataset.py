@@ -24,6 +24,7 @@ from tide_ray.analytics.outputs import JobOutput, find_outputs
 from tide_ray.analytics.vocabulary import VOCABULARY_SCHEMA, Vocabulary
 from tide_ray.data.object_path import ObjectPath
 from tide_ray.data.storage import StoragePath
+from tide_ray.messages import one_line
 from tide_ray.types import JobError, UserError
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Analytics:
     def _relation(self, query: str) -> duckdb.DuckDBPyRelation:
         statements = self._connection.extract_statements(query)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise UserError(f"sql must be one SELECT, got {' '.join(query.split())!r}")
+            raise UserError(f"sql must be one SELECT, got {one_line(query)!r}")
         if _TOKENS.search(query):
             self._load_vocabularies()
         # As a part of another query it cannot have a WITH clause that writes: those must be at the top.
@@ -174,7 +175,7 @@ class Analytics:
             if self._objects is not None and (failure := self._objects.failure) is not None:
                 self._objects.failure = None
                 raise JobError(f"output: cannot read {failure.filename!r}: {failure.strerror}") from error
-            raise UserError(f"{field}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{field}: {one_line(error)}") from error
 
     def _load_vocabularies(self) -> list[Vocabulary]:
         """The tokenizers, with their tokens in the tables behind ``tokens``. Loaded once, when first needed."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tide_ray.config import check_choice
 from tide_ray.files import appearing
 from tide_ray.types import UserError
 
@@ -83,8 +84,7 @@ def choose_format(name: str | None, output: str | None) -> str:
         UserError: there is no such format, or it needs a file.
     """
     chosen = name or SUFFIXES.get(Path(output or "").suffix, "table")
-    if chosen not in WRITERS:
-        raise UserError(f"format must be one of {', '.join(WRITERS)}, got {name!r}")
+    check_choice("format", chosen, WRITERS)
     if chosen == "parquet" and output is None:
         raise UserError("format: parquet needs --output FILE, got 'parquet'")
     return chosen

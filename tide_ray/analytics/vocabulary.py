@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tide_ray.messages import one_line
 from tide_ray.types import SamplingParams, UserError
 
 WHITESPACE, DIGITS, PUNCTUATION, WORD_START, WORD_PIECE, SPECIAL = CLASSES = (
@@ -32,7 +33,7 @@ class Vocabulary:
         try:
             self.tokenizer = _load(model, revision)
         except (UserError, OSError) as error:
-            self.note = f"token texts are NULL: {' '.join(str(error).split())}"
+            self.note = f"token texts are NULL: {one_line(error)}"
 
     def table(self) -> pa.Table:
         """``token_id``, ``token`` (its text) and ``token_class`` of every token; without a tokenizer no rows."""

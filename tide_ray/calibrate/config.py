@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tide_ray.calibrate.certify_pvalues import KINDS
-from tide_ray.config import LOSSES
+from tide_ray.config import LOSSES, check_choice
 from tide_ray.data.job_config import validated
 from tide_ray.types import UserError
 
@@ -96,8 +96,7 @@ class CertificationConfig(CheckpointPrompts):
         if not self.epsilons or not all(0 < epsilon < 1 for epsilon in self.epsilons):
             raise UserError(f"epsilons must lie between 0 and 1, got {self.epsilons!r}")
         for name, value, known in (("loss", self.loss, LOSSES), ("p_value", self.p_value_kind, KINDS)):
-            if value not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            check_choice(name, value, known)
         if self.p_value_kind == "binomial" and self.loss != "answers":
             raise UserError(f"p_value 'binomial' needs losses of 0 or 1, got loss {self.loss!r}")
         return self

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tide_ray.calibrate.corpus import Example
 from tide_ray.data.storage import commit_file
+from tide_ray.messages import one_line
 from tide_ray.types import UserError
 
 PHASES = ("answers", "fit", "routers")
@@ -173,7 +174,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(os.fspath(file), framework="pt")
     except Exception as error:  # safetensors raises its own type and OSError for what is no such file
-        raise UserError(f"output: {str(file)!r} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"output: {str(file)!r} is damaged: {one_line(error)}") from None
 
 
 def _number(file: Path) -> int:

@@ -19,6 +19,7 @@ from tide_ray.calibrate.sweep_config import SweepModel
 from tide_ray.calibrate.sweep_folder import ModelFolder, shards
 from tide_ray.calibrate.sweep_report import summary
 from tide_ray.engine.memory import return_freed_memory
+from tide_ray.messages import one_line
 
 SAVE_SECONDS = 30.0
 """Statistics may be large files: within a task they are written no more often than this."""
@@ -61,7 +62,7 @@ def run_task(task: Task) -> Outcome:
         for phase in task.phases:
             getattr(worker, phase)()
     except Exception as error:  # whatever a model does wrong is this model's failure
-        text = " ".join(str(error).split())[:500]
+        text = one_line(error, 500)
         return Outcome(phase, text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}", node)
     finally:
         return_freed_memory()

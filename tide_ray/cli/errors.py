@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from tide_ray.messages import one_line
 from tide_ray.types import JobError, UserError
 
 EXIT_FAILED = 1
@@ -37,5 +38,5 @@ def errors_as_exit_codes() -> Iterator[None]:
 
 def fail(error: object, code: int) -> NoReturn:
     """Print the error in one line and end with this exit code."""
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"error: {one_line(error)}", err=True)
     raise typer.Exit(code)

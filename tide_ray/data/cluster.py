@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_ray.data.logs import ray_options
+from tide_ray.messages import one_line
 from tide_ray.types import UserError
 
 RAY_DATA_LOGGER = "ray.data"
@@ -59,7 +60,7 @@ def connected(address: str | None, *, is_verbose: bool = False, log_format: str 
                     **ray_options(log_format),
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(f"address: cannot connect to Ray at {address!r}: {reason}") from None
     try:
         yield

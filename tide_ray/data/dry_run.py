@@ -23,6 +23,7 @@ from tide_ray.data.identity import model_identity
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.schema import ERROR_COLUMN
 from tide_ray.data.snapshot import read_rows, write_snapshot
+from tide_ray.messages import one_line
 from tide_ray.types import JobError, UserError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _probe_in_place(config: GenerateJobConfig, sample: pa.Table) -> dict[str, An
         kind = UserError if isinstance(error.cause, UserError) else JobError
         raise kind(f"the probe failed: {' '.join(str(error.cause).split())}") from None
     except ray.exceptions.RayError as error:
-        raise JobError(f"the probe's process died: {' '.join(str(error).split())[:500]}") from None
+        raise JobError(f"the probe's process died: {one_line(error, 500)}") from None
 
 
 def _probe(model: str, engine_config: EngineConfig, options: GeneratorOptions, sample: pa.Table) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tide_ray.config import EngineConfig
 from tide_ray.data.storage import storage_path
+from tide_ray.messages import one_line
 from tide_ray.types import SamplingParams, UserError
 
 SAMPLING_FIELDS = (
@@ -203,7 +204,7 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"config: {path!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config: {path!r} is not YAML: {one_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -14,6 +14,7 @@ import pyarrow as pa
 from tide_ray.data.object_path import ObjectPath
 from tide_ray.data.sources import ROWS_PER_BATCH, ArrowSource, LineSource, Source, csv_source, parquet_source
 from tide_ray.data.storage import StoragePath, name_below, storage_path
+from tide_ray.messages import named
 from tide_ray.types import UserError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _saved_source(path: Path) -> Source:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises many types for a damaged folder; each of them is the folder's fault
-        raise UserError(f"prompts: cannot load the saved data set {str(path)!r}: {_reason(error)}") from None
+        raise UserError(f"prompts: cannot load the saved data set {str(path)!r}: {named(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[_only_split(list(loaded), str(path))]
     return _dataset_source(loaded, str(path))
@@ -135,7 +136,7 @@ def _hub_source(value: str, given: str) -> Source:
     except Exception as error:  # the hub client raises many types: no network, no such data set, no access
         raise UserError(
             f"prompts: {given!r} is neither a file nor a folder, and no data set by that name can be loaded: "
-            f"{_reason(error)}"
+            f"{named(error)}"
         ) from None
 
 
@@ -157,8 +158,3 @@ def _dataset_source(dataset: Dataset | IterableDataset, name: str) -> ArrowSourc
             yield table.select(columns)
 
     return ArrowSource(name, schema, open_tables)
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]

@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from tide_ray.data.sources import TEXT_COLUMN, Source, SourceRow
-from tide_ray.types import SamplingParams, UserError
+from tide_ray.types import SamplingParams, UserError, is_integer
 
 PARAMS_COLUMN = "sampling_params"
 PROMPT_COLUMNS = ("prompt", "messages", "prompt_token_ids")
@@ -83,7 +83,7 @@ def parse_token_ids(value: Any) -> list[int]:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise UserError(f"prompt_token_ids: not JSON: {error}") from None
-    is_ids = isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    is_ids = isinstance(value, list) and all(map(is_integer, value))
     if not value or not is_ids or not all(0 <= item < 2**31 for item in value):
         raise UserError("prompt_token_ids must be a non-empty list of token ids")
     return value

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tide_ray.data.object_path import READ_AHEAD_BYTES, ObjectPath, UnavailableError
 from tide_ray.data.storage import CONCURRENT_REQUESTS, StoragePath, files_in
+from tide_ray.messages import one_line
 from tide_ray.types import UserError
 
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ def damage_named(path: StoragePath) -> Iterator[None]:
     except UnavailableError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"output: {str(path)!r} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"output: {str(path)!r} is damaged: {one_line(error)}") from None
 
 
 @contextmanager

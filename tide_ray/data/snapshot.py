@@ -22,6 +22,7 @@ from tide_ray.data.reading import fetched
 from tide_ray.data.schema import KEPT_PREFIX, OUTPUT_SCHEMA, optional_columns
 from tide_ray.data.sources import Source, conform
 from tide_ray.data.storage import StoragePath, files_in, make_folder, writing
+from tide_ray.messages import one_line
 from tide_ray.types import UserError
 
 ROWS_PER_FILE = 16_384
@@ -138,7 +139,7 @@ def _kept_schema(plans: list[tuple[Source, tuple[str, ...]]], config: GenerateJo
     try:
         merged = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise UserError(f"keep_columns: the sources differ: {' '.join(str(error).split())}") from None
+        raise UserError(f"keep_columns: the sources differ: {one_line(error)}") from None
     for name in merged.names:
         if name in OUTPUT_SCHEMA.names or name in optional_columns(config):
             raise UserError(f"keep_columns: {name!r} is a column of the output; rename it in the input")

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from tide_ray.data.reading import for_arrow
 from tide_ray.data.storage import StoragePath
+from tide_ray.messages import one_line
 from tide_ray.types import UserError
 
 ROWS_PER_BATCH = 1024
@@ -90,7 +91,7 @@ class ArrowSource:
                 position += len(rows)
                 yield SourceBatch(rows, conform(table, kept))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"prompts: cannot read {self.name!r}: {_one_line(error)}") from None
+            raise UserError(f"prompts: cannot read {self.name!r}: {one_line(error)}") from None
 
 
 class LineSource:
@@ -120,7 +121,7 @@ class LineSource:
         try:
             merged = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
         except pa.ArrowException as error:
-            raise UserError(f"keep_columns: {self.name!r} mixes types: {_one_line(error)}") from None
+            raise UserError(f"keep_columns: {self.name!r} mixes types: {one_line(error)}") from None
         # A column that is null in every row has no type to keep; a string column stays readable everywhere.
         return pa.schema([item.with_type(pa.string()) if pa.types.is_null(item.type) else item for item in merged])
 
@@ -133,7 +134,7 @@ class LineSource:
         try:
             return pa.array(values).type
         except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
-            raise UserError(f"keep_columns: column {name!r} of {self.name!r}: {_one_line(error)}") from None
+            raise UserError(f"keep_columns: column {name!r} of {self.name!r}: {one_line(error)}") from None
 
     def _rows(self) -> Iterator[SourceRow]:
         try:
@@ -142,7 +143,7 @@ class LineSource:
                     if row := self._parse(line, number):
                         yield row
         except (OSError, EOFError) as error:
-            raise UserError(f"prompts: cannot read {self.name!r}: {_one_line(error)}") from None
+            raise UserError(f"prompts: cannot read {self.name!r}: {one_line(error)}") from None
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO | gzip.GzipFile]:
@@ -178,7 +179,7 @@ def parquet_source(path: StoragePath) -> ArrowSource:
     try:
         schema = pq.read_schema(for_arrow(path))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"prompts: {str(path)!r} is not a Parquet file: {_one_line(error)}") from None
+        raise UserError(f"prompts: {str(path)!r} is not a Parquet file: {one_line(error)}") from None
 
     def open_tables(columns: list[str]) -> Iterator[pa.Table]:
         with pq.ParquetFile(for_arrow(path)) as file:
@@ -208,7 +209,7 @@ def csv_source(path: StoragePath, text_columns: Sequence[str] = ()) -> ArrowSour
         with open_reader() as reader:
             schema = reader.schema
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"prompts: {str(path)!r} is not a CSV file: {_one_line(error)}") from None
+        raise UserError(f"prompts: {str(path)!r} is not a CSV file: {one_line(error)}") from None
 
     def open_tables(columns: list[str]) -> Iterator[pa.Table]:
         with open_reader() as reader:
@@ -240,7 +241,3 @@ def _check_readable(path: StoragePath) -> None:
 def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
     while chunk := list(islice(rows, ROWS_PER_BATCH)):
         yield chunk
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

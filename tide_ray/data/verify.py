@@ -20,6 +20,7 @@ from tide_ray.data.reading import fetched
 from tide_ray.data.schema import ERROR_SCHEMA, METADATA_PREFIX, OUTPUT_SCHEMA, as_of
 from tide_ray.data.snapshot import read_rows
 from tide_ray.data.storage import StoragePath, name_below
+from tide_ray.messages import one_line
 
 LIST_COLUMNS = ("generated_tokens", "exit_layers", "token_times_us")
 IDS_TO_NAME = 3
@@ -114,7 +115,7 @@ def _read_part(path: StoragePath, name: str, record: PartRecord | None, problems
     except UnavailableError:
         raise
     except (pa.ArrowException, OSError) as error:
-        problems.append(f"{name}: cannot be read: {' '.join(str(error).split())[:200]}")
+        problems.append(f"{name}: cannot be read: {one_line(error, 200)}")
         return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tide_ray.engine.detokenizer import Detokenizer
 from tide_ray.engine.sequence import Sequence, now_us
-from tide_ray.types import CompletionOutput, Logprob, Prompt, RequestOutput, SamplingParams, UserError
+from tide_ray.types import CompletionOutput, Logprob, Prompt, RequestOutput, SamplingParams, UserError, is_integer
 
 MAX_PROMPT_CHARACTERS = 10_000_000
 
@@ -51,7 +51,7 @@ class PromptEncoder:
             return text, self._tokenize(text, add_special_tokens=False)
         ids = []
         for item in prompt:
-            if isinstance(item, bool) or not isinstance(item, int):
+            if not is_integer(item):
                 raise UserError(f"prompt must be a string, token ids or chat messages, got {_short(prompt)}")
             if not 0 <= item < self.vocab_size:
                 raise UserError(f"prompt: token id must be from 0 to {self.vocab_size - 1}, got {item}")

@@ -17,7 +17,7 @@ from tide_ray.config import EngineConfig
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.layer_calls import LayerCall
 from tide_ray.models.row_cache import RowCache
-from tide_ray.types import UserError
+from tide_ray.types import UserError, is_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def plan_stages(config: EngineConfig, num_layers: int, boundaries: Sequence[int]
         layers = evenly_spaced_layers(num_layers, config.static_cost)
     else:
         for layer in config.skip_layers:
-            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+            if not is_integer(layer) or not 0 <= layer < num_layers:
                 raise UserError(f"skip_layers must hold layers from 0 to {num_layers - 1}, got {layer!r}")
         layers = tuple(layer for layer in range(num_layers) if layer not in set(config.skip_layers))
         if not layers:

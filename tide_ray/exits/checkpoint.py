@@ -32,6 +32,7 @@ from tide_ray.exits.checkpoint_files import (
 )
 from tide_ray.exits.gates import Gate, PrefillGate
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, gate_for_inference
+from tide_ray.messages import one_line
 from tide_ray.models.adapter import KVShape
 from tide_ray.models.load import LoadedModel
 from tide_ray.types import UserError
@@ -167,7 +168,7 @@ class Routers:
             boundaries = [_boundary(entry, facts, tensors) for entry in raw["boundaries"]]
             certificates = [Certificate.from_json(entry) for entry in raw.get("certificates", [])]
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"exits: a damaged router checkpoint in {str(path)!r} ({reason})") from None
         depths = [boundary.depth for boundary in boundaries]
         if not depths or depths != sorted(set(depths)) or depths[0] < 1 or depths[-1] >= facts.num_layers:

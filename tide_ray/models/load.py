@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.utils.hub import cached_file
 
 from tide_kernels import gpu
-from tide_ray.config import DTYPES
+from tide_ray.config import DTYPES, check_choice
 from tide_ray.models.demo import demo_model_path
 from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, read_json, weight_files
 from tide_ray.models.pretrained import (
@@ -214,8 +214,7 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype that ``dtype`` names on ``device``. Raises UserError for an unknown name."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_choice("dtype", dtype, DTYPES)
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":

@@ -22,16 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from tide_ray.messages import named
 from tide_ray.types import UserError
-
-_MAX_REASON = 300
-
-
-def one_line(error: BaseException) -> str:
-    """The error's class and message on a single line, shortened when it is an essay."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager
@@ -74,7 +66,7 @@ def _as_user_error(what: str, name: str, options: dict[str, Any]) -> Iterator[No
             if isinstance(cause, RepositoryNotFoundError):
                 raise UserError(unknown_id_message(name)) from error
             cause = cause.__cause__
-        raise UserError(f"model: cannot read the {what} of {name!r}: {one_line(error)}") from error
+        raise UserError(f"model: cannot read the {what} of {name!r}: {named(error)}") from error
 
 
 def unknown_id_message(name: str) -> str:
