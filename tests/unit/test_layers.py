@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"tide_ray": ROOT / "tide_ray", "tide_kernels": ROOT / "kernels"}
+OURS = {*PACKAGES, "jobs", *(file.stem for file in (ROOT / "jobs").glob("*.py"))}
 
 LAYERS = (
     ("tide_ray.cli",),
@@ -57,7 +58,7 @@ def imports() -> Iterator[tuple[str, str]]:
                 targets = [alias.name for alias in node.names]
             else:
                 continue
-            yield from ((name, target) for target in targets if target.partition(".")[0] in (*PACKAGES, "jobs"))
+            yield from ((name, target) for target in targets if target.partition(".")[0] in OURS)
 
 
 def package_of(module: str) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pyarrow.parquet import read_metadata
 from typer.testing import CliRunner, Result
 
 from analytics_helpers import make_rows, num_tokens, run_facts, write_output
@@ -16,6 +17,7 @@ from tide_ray.data import object_client
 from tide_ray.data.adoption import adopt_parts
 from tide_ray.data.object_client import Bucket
 from tide_ray.data.object_path import ObjectPath
+from tide_ray.data.reading import damage_named, for_arrow
 from tide_ray.types import UserError
 
 ROWS = make_rows(60)
@@ -87,6 +89,13 @@ def test_globs_name_folders_in_a_bucket_and_outputs_here_and_there_compare(
     assert counts == [{"run": f"{bucket}/{place}/out", "n": len(ROWS)} for place in ("more", "runs")]
     done = invoke("report", local, out, "--output", tmp_path / "page.html")
     assert "60 prompts are in both runs, 0 only in the first" in done.stdout, done.stderr
+
+
+def test_a_file_that_is_gone_is_not_called_damaged(out: str) -> None:
+    (path,) = (ObjectPath.parse(out) / "errors").iterdir()
+    path.unlink()
+    with pytest.raises(UserError, match=f"output: cannot read '{path}': no such bucket or object"), damage_named(path):
+        read_metadata(for_arrow(path))
 
 
 def test_a_key_with_the_characters_of_a_glob_is_itself(bucket: str, local: Path) -> None:

@@ -82,7 +82,7 @@ def _probe_in_place(config: GenerateJobConfig, sample: pa.Table) -> dict[str, An
         return ray.get(task.remote(config.model, engine, generator_options(config), sample))
     except ray.exceptions.RayTaskError as error:
         kind = UserError if isinstance(error.cause, UserError) else JobError
-        raise kind(f"the probe failed: {' '.join(str(error.cause).split())}") from None
+        raise kind(f"the probe failed: {one_line(error.cause)}") from None
     except ray.exceptions.RayError as error:
         raise JobError(f"the probe's process died: {one_line(error, 500)}") from None
 

@@ -53,7 +53,7 @@ def for_arrow(path: StoragePath, *, is_sequential: bool = False) -> str | Binary
 
 @contextmanager
 def damage_named(path: StoragePath) -> Iterator[None]:
-    """What Arrow's readers raise of a file of the output becomes a UserError in one line.
+    """What Arrow's readers raise of a file of the output, damaged or not to be read, becomes a UserError in one line.
 
     Raises:
         UnavailableError: an object store does not answer, which tells nothing of the file.
@@ -63,6 +63,8 @@ def damage_named(path: StoragePath) -> Iterator[None]:
     except UnavailableError:
         raise
     except (pa.ArrowException, OSError) as error:
+        if reason := getattr(error, "strerror", None):
+            raise UserError(f"output: cannot read {str(path)!r}: {reason}") from None
         raise UserError(f"output: {str(path)!r} is damaged: {one_line(error)}") from None
 
 
