@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeGuard
 
 ChatMessage: TypeAlias = Mapping[str, Any]
@@ -190,6 +191,10 @@ class CompletionOutput:
     num_rejected_drafts: int = 0
     token_texts: list[str] = field(default_factory=list)
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickling as dataclasses do it takes several times as long, and streams do it for every few tokens."""
+        return CompletionOutput, _completion_values(self)
+
     @property
     def mean_exit_layer(self) -> float:
         """Mean depth over the generated tokens, 0.0 when there are none."""
@@ -214,6 +219,13 @@ class RequestOutput:
     total_time_us: int = 0
     num_cached_tokens: int = 0
     unix_time_us: int = 0
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return RequestOutput, _request_values(self)
+
+
+_completion_values = attrgetter(*(f.name for f in fields(CompletionOutput)))
+_request_values = attrgetter(*(f.name for f in fields(RequestOutput)))
 
 
 @dataclass(slots=True)

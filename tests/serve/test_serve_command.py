@@ -3,91 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2 as httpx
 import openai
+import psutil
 import pytest
 
 from ports import free_port
+from served import AUTH, KEY, Served, serving
 from serving import ENGINE
 from tide_ray import EngineConfig, SamplingParams, TideEngine
-from tide_ray.serve.keys import new_key, stored
 
 pytestmark = pytest.mark.slow
 
-KEY = new_key()
-AUTH = {"authorization": f"Bearer {KEY}"}
 SECRET = "the-launch-code-is-0000"
-READY_SECONDS = 180
-
-
-@dataclass
-class Served:
-    """A running command."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    model: str
-    scratch: Path
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, timeout=60, **{"max_retries": 0, **options})
-
-    def async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, timeout=60, max_retries=0)
-
-    def replicas(self) -> list[int]:
-        """Processes of the model's replicas; its name is this run's own."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if folder.name.isdigit() and f"TideModel:{self.model}" in (folder / "cmdline").read_text():
-                    found.append(int(folder.name))
-        return sorted(found)
-
-
-@contextlib.contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Served]:
-    """Start the command with a tiny model, wait until it says that it is ready, and end it."""
-    scratch = Path(tempfile.mkdtemp(prefix="tide-serve-"))  # short, as Ray's sockets lie in it
-    keys = scratch / "keys"
-    keys.write_text(stored("tester", KEY) + "\n")
-    port, model = free_port(), f"tiny-{uuid.uuid4().hex[:8]}"
-    engine = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items() if name != "page_size"]
-    command = [sys.executable, "-m", "tide_ray.cli", "serve", f"{model}={folder}", "--port", str(port), *engine]
-    environment = {**os.environ, "RAY_TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
-    told = scratch / "stderr"
-    with told.open("w") as file:
-        process = subprocess.Popen([*command, "--api-keys-file", str(keys), *flags], stderr=file, env=environment)
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while "serving " not in told.read_text():
-            assert process.poll() is None, told.read_text()
-            assert time.monotonic() < deadline, told.read_text()
-            time.sleep(0.2)
-        yield Served(process, f"http://127.0.0.1:{port}", model, scratch)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=90)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +175,8 @@ def test_no_prompt_and_no_key_is_in_any_log(served: Served) -> None:
 
 def test_a_signal_lets_open_requests_end(served: Served) -> None:
     """The last test of this file: it ends the server."""
+    processes = [*served.replicas(), *served.fronts()]
+    assert len(processes) == 3
     with served.client() as client:
         body = {"ignore_eos": True, "tide": {"stream_interval_ms": 0}}
         stream = iter(
@@ -249,7 +189,7 @@ def test_a_signal_lets_open_requests_end(served: Served) -> None:
         chunks += stream
     assert sum(len(choice.tide["exit_layers"]) for chunk in chunks for choice in chunk.choices) == 12 * 120
     assert served.process.wait(timeout=90) == 0
-    assert served.replicas() == []
+    assert not any(psutil.pid_exists(pid) for pid in processes)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_two(tmp_path: Path, tiny_llama_folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tide_ray.serve.calls import Call
 from tide_ray.serve.errors import Failure
@@ -32,8 +32,7 @@ class ModelFacts:
     epsilons: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What is new of the answers to prompt ``prompt_index`` of a call."""
 
     prompt_index: int

@@ -1,41 +1,39 @@
 """The Ray Serve application: one deployment for each model, and a front that speaks HTTP.
 
-``build_openai_app`` is what ``tide-ray serve``, ``serve run`` and a Serve config file call, as in ``ray.serve.llm``.
+``build_openai_app`` is what ``serve run`` and a Serve config file call, as in ``ray.serve.llm``; the front is then
+behind Ray Serve's proxies. ``tide-ray serve`` calls ``make_application`` with the address that its front listens at.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
 from ray.serve._private.constants import SERVE_LOGGER_NAME
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from tide_ray.data.metrics import MetricsPublisher
 from tide_ray.data.placement import live_nodes, plan_placement
 from tide_ray.serve.app import Server
-from tide_ray.serve.backend import Delta, Limits, ModelFacts
+from tide_ray.serve.backend import Limits, ModelFacts
 from tide_ray.serve.calls import Call
 from tide_ray.serve.config import LLMConfig, LLMServingArgs, ServerConfig
-from tide_ray.serve.errors import ENGINE_DEAD, INTERNAL, UNAVAILABLE, Failure
+from tide_ray.serve.errors import Failure
+from tide_ray.serve.handle_backend import HandleBackend
 from tide_ray.serve.keys import KeyRing, read_keys
+from tide_ray.serve.listener import Address, Listener
+from tide_ray.serve.mailbox import Courier, Item, Label, Mailbox, Sent
 from tide_ray.serve.model_server import ModelServer
 from tide_ray.types import RequestOutput, UserError
-
-logger = logging.getLogger("tide_ray.serve")
 
 FRONT = "TideFront"
 MAX_ONGOING = 8192
 """Of Serve's own limits, which answer in another shape than OpenAI's: models refuse what is too much well before."""
-TRIES = 3
-ALIVE_SECONDS = 10.0
+HEALTH_CHECKS = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 
 
 def log_to_serve() -> None:
@@ -52,6 +50,7 @@ class TideModel:
     def __init__(self, config: LLMConfig, limits: Limits) -> None:
         log_to_serve()
         self._server = ModelServer(config, limits)
+        self._courier = Courier()
         if config.log_engine_metrics:
             self._metrics = MetricsPublisher(config.model_id)
             self._metrics.watch(self._server.engine.engine)
@@ -65,9 +64,10 @@ class TideModel:
     async def generate(self, call: Call) -> list[RequestOutput] | Failure:
         return await self._server.generate(call)
 
-    async def stream(self, call: Call) -> AsyncGenerator[list[Delta] | Failure]:
-        async with aclosing(self._server.stream(call)) as items:
-            async for item in items:
+    async def stream(self, call: Call, label: Label | None) -> AsyncGenerator[Item | Sent]:
+        """What is new as it comes, or to the front's mailbox and then how much it was."""
+        async with aclosing(self._server.stream(call)) as items, aclosing(self._courier.send(items, label)) as left:
+            async for item in left:
                 yield item
 
     async def check_health(self) -> None:
@@ -76,101 +76,20 @@ class TideModel:
             raise RuntimeError("the engine failed or hangs")
 
 
-class HandleBackend:
-    """A model behind a Ray Serve handle.
+class TideFront:
+    """The replica that speaks HTTP: to Ray Serve's proxy or, with an address, to whoever connects there.
 
-    A request whose replica died before it gave anything is sent to another one; generating has no side effects.
+    ``drain`` makes it refuse what is new.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    async def facts(self) -> ModelFacts | Failure:
-        return await self._unary("facts")
-
-    async def is_alive(self) -> bool:
-        try:
-            async with asyncio.timeout(ALIVE_SECONDS):
-                return bool(await self._handle.is_alive.remote())
-        except BackPressureError:
-            return True  # it has too much to do
-        except (RayError, DeploymentUnavailableError, TimeoutError):
-            return False
-
-    async def generate(self, call: Call) -> list[RequestOutput] | Failure:
-        return await self._unary("generate", call)
-
-    async def stream(self, call: Call) -> AsyncGenerator[list[Delta] | Failure]:
-        failure = UNAVAILABLE
-        for attempt in range(TRIES):
-            await asyncio.sleep(attempt)
-            has_started = has_ended = False
-            response = cast(Any, self._handle.options(stream=True)).stream.remote(call)
-            try:
-                async for item in response:
-                    if item == ENGINE_DEAD and not has_started:
-                        raise _EngineDeadError
-                    has_started = True
-                    yield item
-                has_ended = True
-                return
-            except Exception as error:
-                has_ended = True
-                failure = _failure(error)
-                if has_started or not _may_try_again(error):
-                    yield failure
-                    return
-            finally:
-                if not has_ended:
-                    response.cancel()
-        yield failure
-
-    async def _unary(self, method: str, *args: Any) -> Any:
-        failure = UNAVAILABLE
-        for attempt in range(TRIES):
-            await asyncio.sleep(attempt)
-            response = getattr(self._handle, method).remote(*args)
-            try:
-                result = await response
-                if result == ENGINE_DEAD:
-                    raise _EngineDeadError
-                return result
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except Exception as error:
-                failure = _failure(error)
-                if not _may_try_again(error):
-                    return failure
-        return failure
-
-
-class _EngineDeadError(Exception):
-    """A replica answered that its engine is dead; another one may not be."""
-
-
-def _may_try_again(error: Exception) -> bool:
-    return isinstance(error, (RayActorError, DeploymentUnavailableError, _EngineDeadError))
-
-
-def _failure(error: Exception) -> Failure:
-    if isinstance(error, _EngineDeadError):
-        return ENGINE_DEAD
-    if isinstance(error, BackPressureError):
-        return Failure(429, "the server has as many requests as it takes", "server_overloaded", retry_after=2)
-    if _may_try_again(error):
-        return UNAVAILABLE
-    logger.error("a replica failed: %s", type(error).__name__)
-    return INTERNAL
-
-
-class TideFront:
-    """The replica that speaks HTTP. ``drain`` makes it refuse what is new."""
-
-    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], config: ServerConfig) -> None:
+    def __init__(
+        self, handles: Mapping[str, DeploymentHandle[Any]], config: ServerConfig, address: Address | None = None
+    ) -> None:
         log_to_serve()
-        backends = {name: HandleBackend(handle) for name, handle in handles.items()}
+        self._mailbox = Mailbox()
+        backends = {name: HandleBackend(handle, self._mailbox) for name, handle in handles.items()}
         self._server = Server(backends, config, KeyRing(config.api_keys))
+        self._listener = None if address is None else Listener(self._server.app, address)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._server.app
@@ -179,6 +98,14 @@ class TideFront:
         """Refuse new requests with 503 from now on. Returns how many are still being answered."""
         self._server.app.is_draining = True
         return self._server.app.num_in_flight
+
+    def __del__(self) -> None:
+        self._mailbox.close()
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica that raises here."""
+        if self._listener is not None and not self._listener.is_open:
+            raise RuntimeError("the listener ended")
 
 
 def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> serve.Application:
@@ -191,7 +118,11 @@ def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> serve.Applicat
     Raises:
         UserError: a value that cannot be used, or no API key where one is required.
     """
-    args = args if isinstance(args, LLMServingArgs) else LLMServingArgs.build(args)
+    return make_application(args if isinstance(args, LLMServingArgs) else LLMServingArgs.build(args))
+
+
+def make_application(args: LLMServingArgs, address: Address | None = None) -> serve.Application:
+    """``build_openai_app``, with a front that listens at ``address``, on this process's node, if one is given."""
     front = args.ingress_cls_config
     keys = read_keys(front.api_keys, front.api_keys_file)
     if front.require_api_key and not len(keys):
@@ -205,10 +136,16 @@ def build_openai_app(args: Mapping[str, Any] | LLMServingArgs) -> serve.Applicat
         "name": FRONT,
         "max_ongoing_requests": MAX_ONGOING,
         "graceful_shutdown_timeout_s": 60.0,
-        "ray_actor_options": {"num_cpus": 0},
+        **HEALTH_CHECKS,
         **args.ingress_deployment_config,
     }
-    return serve.deployment(**options)(serve.ingress()(TideFront)).bind(handles, front)
+    actor = {"num_cpus": 0, **options.pop("ray_actor_options", {})}
+    if address is not None:
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        actor["label_selector"] = {**actor.get("label_selector", {}), **here}
+    return serve.deployment(ray_actor_options=actor, **options)(serve.ingress()(TideFront)).bind(
+        handles, front, address
+    )
 
 
 def _num_replicas(config: LLMConfig) -> int:
@@ -238,8 +175,7 @@ def _model_application(config: LLMConfig, limits: Limits, num_replicas: int) -> 
     options = {
         "name": f"{TideModel.__name__}:{config.model_id.replace('/', '--')}",
         "max_ongoing_requests": MAX_ONGOING,
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": 30.0,
+        **HEALTH_CHECKS,
         "graceful_shutdown_timeout_s": 60.0,
         **given,
     }

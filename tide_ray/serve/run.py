@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from types import FrameType
@@ -17,14 +16,15 @@ from rich.console import Console
 from tide_ray.data.cluster import connected
 from tide_ray.data.identity import model_identity
 from tide_ray.serve.config import LLMServingArgs
-from tide_ray.serve.settings import ServeSettings
+from tide_ray.serve.listener import Address
+from tide_ray.serve.settings import TLS_FIELDS, ServeSettings
 from tide_ray.types import UserError
 
 APPLICATION = "tide_ray"
 EXIT_OK = 0
 EXIT_FAILED = 1
 FLUSH_SECONDS = 0.5
-"""The proxy still has the last bytes of answers that have ended."""
+"""The last bytes of answers that have ended are still on their way."""
 _USER_ERROR = re.compile(r"UserError: (.+)")
 
 
@@ -41,31 +41,29 @@ def run_serve(settings: ServeSettings, args: LLMServingArgs, console: Console | 
     for config in args.llm_configs:
         engine = config.engine_config
         model_identity(config.model_source, revision=engine.revision, trust_remote_code=engine.trust_remote_code)
-    _check_port_is_free(settings)
+    address = Address(settings.host, settings.port, **{name: getattr(settings, name) for name in TLS_FIELDS})
+    address.check()
     # Nothing here blocks an event loop. Ray Serve's further thread for user code would only take the interpreter from
     # the engine's, several times for each chunk of a stream.
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
     if not settings.verbose:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     with connected(settings.address, is_verbose=settings.verbose):
-        return _serve(settings, args, console)
+        return _serve(settings, args, address, console)
 
 
-def _serve(settings: ServeSettings, args: LLMServingArgs, console: Console) -> int:
+def _serve(settings: ServeSettings, args: LLMServingArgs, address: Address, console: Console) -> int:
     from ray import serve
 
-    from tide_ray.serve.deployment import build_openai_app
+    from tide_ray.serve.deployment import make_application
 
     if not settings.verbose:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # which importing it set
     stop = _Signals()
-    tls = ("ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs")
-    options: dict[str, Any] = {"host": settings.host, "port": settings.port}
-    options |= {name: value for name in tls if (value := getattr(settings, name)) is not None}
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options)
+        serve.start(proxy_location="Disabled")
         try:
-            handle = serve.run(build_openai_app(args), name=APPLICATION, route_prefix="/")
+            handle = serve.run(make_application(args, address), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise _reason(error) from None
         names = ", ".join(config.model_id for config in args.llm_configs)
@@ -79,12 +77,12 @@ def _serve(settings: ServeSettings, args: LLMServingArgs, console: Console) -> i
 
 def _drain(handle: Any, timeout_s: float, stop: _Signals, console: Console) -> None:
     deadline = time.monotonic() + timeout_s
-    left = handle.drain.remote().result(timeout_s=30)
+    left = sum(handle.broadcast("drain").results(timeout_s=30))
     if left:
         console.print(f"waiting for {left} open requests; another signal ends them", highlight=False)
     while left and time.monotonic() < deadline and stop.count < 2:
         time.sleep(0.2)
-        left = handle.drain.remote().result(timeout_s=30)
+        left = sum(handle.broadcast("drain").results(timeout_s=30))
     time.sleep(FLUSH_SECONDS)
 
 
@@ -104,16 +102,6 @@ class _Signals:
     def wait(self) -> None:
         while not self._came.wait(1.0):  # a wait without an end would not let signals through
             pass
-
-
-def _check_port_is_free(settings: ServeSettings) -> None:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise UserError(f"host, port: cannot listen at {settings.url}: {error.strerror}") from None
 
 
 def _reason(error: RuntimeError) -> Exception:

@@ -23,6 +23,8 @@ SERVER_FIELDS = (
     "max_completion_tokens",
 )  # fmt: skip
 
+TLS_FIELDS = ("ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs")
+
 
 def _application_args(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments in a file: as they are, or of the one application of a Ray Serve config."""
