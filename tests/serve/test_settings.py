@@ -135,7 +135,9 @@ def args_of(values: dict[str, Any]) -> LLMServingArgs:
 
 
 def test_the_command_refuses_with_exit_code_two(tmp_path: Path) -> None:
-    for flags in (["--host", "0.0.0.0"], ["--model", str(tmp_path / "none")], ["--max-num-seqs", "0"]):
+    none = str(tmp_path / "none")
+    tls = ["--ssl-keyfile", none, "--ssl-certfile", none]
+    for flags in (["--host", "0.0.0.0"], ["--model", none], ["--max-num-seqs", "0"], tls):
         result = CliRunner().invoke(app, ["serve", *flags])
         assert result.exit_code == 2, result.output
         assert result.stderr.startswith("error: ")
