@@ -51,10 +51,11 @@ class Address:
             context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, lambda: self.ssl_keyfile_password or "")
         except (ssl.SSLError, ValueError) as error:
             raise UserError(f"ssl_keyfile, ssl_certfile: they are no pair that can be used: {error}") from None
-        try:
-            context.load_verify_locations(self.ssl_ca_certs) if self.ssl_ca_certs else None
-        except ssl.SSLError as error:
-            raise UserError(f"ssl_ca_certs: no certificates in {self.ssl_ca_certs!r}: {error}") from None
+        if self.ssl_ca_certs is not None:
+            try:
+                context.load_verify_locations(self.ssl_ca_certs)
+            except ssl.SSLError as error:
+                raise UserError(f"ssl_ca_certs: no certificates in {self.ssl_ca_certs!r}: {error}") from None
 
     def listen(self) -> socket.socket:
         """A listening socket. Those of several processes with one address share its connections.
