@@ -89,6 +89,7 @@ class LayerWeights:
 
     @functools.cached_property
     def epsilons(self) -> tuple[np.float32, ...]:
+        """``eps`` as the kernel takes it."""
         return tuple(np.float32(eps) for eps in self.eps)
 
 

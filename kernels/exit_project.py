@@ -28,6 +28,7 @@ class LowRankWeights:
 
     @property
     def rank(self) -> int:
+        """Width between the two products."""
         return self.down.shape[1]
 
 

@@ -61,10 +61,12 @@ class GateWeights:
 
     @property
     def bottleneck(self) -> int:
+        """Hidden units, B."""
         return self.down.shape[1]
 
     @property
     def num_features(self) -> int:
+        """Features beside the state, F."""
         return len(self.up) - self.bottleneck
 
 

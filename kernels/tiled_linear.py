@@ -51,10 +51,12 @@ class TiledWeights:
 
     @property
     def num_inputs(self) -> int:
+        """Width of the rows that go in."""
         return self.tiles.shape[1] * 2
 
     @property
     def num_outputs(self) -> int:
+        """Width of the rows that come out."""
         return self.tiles.shape[0] * self.tiles.shape[2]
 
     @property

@@ -189,6 +189,7 @@ class GenerateJobConfig(BaseModel):
         return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
 
     def engine_config(self) -> EngineConfig:
+        """What each actor's engine is made with. Raises UserError for a value that it cannot have."""
         values = {name: getattr(self, name) for name in ENGINE_FIELDS}
         values["skip_layers"] = tuple(self.skip_layers)
         return EngineConfig(**values)

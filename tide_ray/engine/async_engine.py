@@ -24,10 +24,21 @@ class SteppedEngine(Protocol):
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, delta_interval_us: int | None = None
-    ) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def has_unfinished_requests(self) -> bool: ...
-    def step(self) -> list[RequestOutput]: ...
+    ) -> None:
+        """Queue a request. Raises UserError if it cannot be answered.
+
+        Args:
+            delta_interval_us: least time between its deltas, in microseconds; None: one output, when it is finished.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; its place is free from the next step on."""
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether ``step`` has anything to do."""
+
+    def step(self) -> list[RequestOutput]:
+        """Run what is scheduled next. Returns what became finished, and the deltas that are due."""
 
 
 Engine = TypeVar("Engine", bound=SteppedEngine)
@@ -95,6 +106,7 @@ class AsyncEngine(Generic[Engine]):
 
     @property
     def is_dead(self) -> bool:
+        """Whether it takes no more requests: a step failed, or it was closed."""
         return self._failure is not None
 
     @property

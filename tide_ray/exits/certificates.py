@@ -72,6 +72,7 @@ class Certificate:
 
     @property
     def setting(self) -> ExitSetting:
+        """Its thresholds; those of boundaries where nothing exits are out of reach."""
         return ExitSetting(tuple(NEVER if t is None else t for t in self.thresholds), self.prefill_threshold)
 
     @property
@@ -105,6 +106,7 @@ class Certificate:
             )
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, as values that JSON has; ``from_json`` reads them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod

@@ -76,6 +76,7 @@ class Boundary:
         return replace(self, **made)  # type: ignore[arg-type]
 
     def modules(self) -> dict[str, nn.Module]:
+        """The networks it has, by name: ``head``, ``gate``, ``kv_head``, ``prefill_gate``."""
         named = {"head": self.head, "gate": self.gate, "kv_head": self.kv_head, "prefill_gate": self.prefill_gate}
         return {name: module for name, module in named.items() if module is not None}
 
@@ -109,6 +110,7 @@ class Routers:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """Of the boundaries, shallowest first, in layers run."""
         return tuple(boundary.depth for boundary in self.boundaries)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -45,7 +45,8 @@ class Verdict:
 class ExitPolicy(Protocol):
     """Decides for the rows of one launch at one boundary."""
 
-    def decide(self, rows: Candidates) -> Verdict: ...
+    def decide(self, rows: Candidates) -> Verdict:
+        """Who exits, and with which score: ``[N]`` each, for the N rows that are asked."""
 
 
 class Scorer:
@@ -90,6 +91,7 @@ class ScoredExits:
         self._scorer = scorer
 
     def decide(self, rows: Candidates) -> Verdict:
+        """Rows exit whose score reaches their threshold."""
         scores = self._scores(rows).cpu().numpy()
         return Verdict(scores >= rows.thresholds, scores)
 
@@ -115,6 +117,7 @@ class CapacityExits:
         self._capacity = capacity
 
     def decide(self, rows: Candidates) -> Verdict:
+        """The surest rows exit, as many as do not fit the capacity; rows with an infinite threshold never do."""
         scores = self._scorer.by_gate(rows.boundary, rows.states).cpu().numpy()
         may_stop = np.isfinite(rows.thresholds)
         num_stops = int((1 - self._capacity) * len(scores) + 0.5)
@@ -140,6 +143,7 @@ class ForcedExits:
         self._unanimous = unanimous
 
     def decide(self, rows: Candidates) -> Verdict:
+        """Rows exit by their draw, or by that of all where exits are unanimous; there are no scores (NaN)."""
         stops = self._draws(rows) < self.shares[rows.boundary]
         if self._unanimous:
             stops = np.full_like(stops, stops.all())

@@ -91,14 +91,17 @@ class LLMConfig(_Settings):
 
     @property
     def model_id(self) -> str:
+        """The name that requests ask for."""
         return self.model_loading_config.model_id
 
     @property
     def model_source(self) -> str:
+        """Hub id, folder, ``.gguf`` file or ``demo``; ``model_id`` where none is given."""
         return self.model_loading_config.model_source or self.model_id
 
     @property
     def engine_config(self) -> EngineConfig:
+        """What each replica's engine is made with. Raises UserError for a value that it cannot have."""
         return make_engine_config(self.engine_kwargs)
 
 
