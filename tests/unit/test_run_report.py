@@ -17,6 +17,7 @@ from pages import Page, words
 from tide_ray.analytics import load
 from tide_ray.analytics.report import make_report, print_report, unknown, write_report
 from tide_ray.analytics.savings import savings
+from tide_ray.analytics.tables import overview_table
 from tide_ray.analytics.vocabulary import token_class
 from tide_ray.types import UserError
 from tiny_models import tiny_tokenizer
@@ -116,7 +117,7 @@ def test_over_time_every_token_and_every_resident_second_is_there_once(run: dict
 def test_errors_are_grouped_and_the_slowest_rows_listed(run: dict[str, Any]) -> None:
     assert run["num_errors"] == 4
     assert [(row["error"], row["num_rows"], row["attempts"]) for row in run["errors"]] == [(EVIL, 3, 3), ("rare", 1, 0)]
-    slowest = sorted(ROWS, key=lambda row: -row["total_time_us"])[:10]
+    slowest = sorted(ROWS, key=lambda row: row["queue_time_us"] - row["total_time_us"])[:10]
     assert [row["row_id"] for row in run["slowest"]] == [row["row_id"] for row in slowest]
     assert run["slowest"][0]["first_token_us"] == slowest[0]["token_times_us"][0]
 
@@ -152,7 +153,7 @@ def test_savings_are_layer_runs_and_what_the_cost_model_makes_of_them(run: dict[
     [
         ({}, "the run had no exits"),
         ({"engine": {"exits": {**EXITS, "mode": "verified"}}}, "a mode other than exits"),
-        ({"engine": {"exits": EXITS}}, "were not measured or not written"),
+        ({"engine": run_facts(4)["engine"]}, "were not measured or not written"),
     ],
 )
 def test_what_cannot_be_told_of_savings_is_said(facts: dict[str, Any], reason: str) -> None:
@@ -160,6 +161,7 @@ def test_what_cannot_be_told_of_savings_is_said(facts: dict[str, Any], reason: s
     assert found["time"] is None
     assert reason in found["why_no_time"]
     assert found["all_rows"] is None
+    assert found["stages"] == []
     assert found["answers"]["saved"] == 2
 
 
@@ -177,6 +179,7 @@ def test_notes_say_what_an_output_does_not_tell(tmp_path: Path) -> None:
         assert words_of_a_note in text
     assert report.runs[0]["by_class"] == []
     assert report.runs[0]["over_time"] is None
+    assert "ceiling" not in overview_table(report.runs).words
     assert "other.html" not in text
     write_report(tmp_path / "page.html", report)
     print_report(Console(file=io.StringIO()), report)

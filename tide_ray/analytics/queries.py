@@ -89,8 +89,10 @@ NUM_ROWS_WITH_ERRORS = "SELECT count(*) AS num_rows FROM errors WHERE run = {run
 SLOWEST = f"""
 SELECT row_id, total_time_us, queue_time_us, token_times_us[1] AS first_token_us, num_input_tokens,
        num_generated_tokens, mean_exit_layer
-FROM {{rows}} WHERE total_time_us IS NOT NULL ORDER BY total_time_us DESC, row_id LIMIT {NUM_SLOWEST}
+FROM {{rows}} WHERE total_time_us IS NOT NULL
+ORDER BY total_time_us - coalesce(queue_time_us, 0) DESC, row_id LIMIT {NUM_SLOWEST}
 """
+"""By the time since admission: by all of it these would be the rows that came last, which waited longest."""
 
 SAMPLE = """
 SELECT row_id, prompt, generated_tokens[:{max_tokens}] AS token_ids, exit_layers[:{max_tokens}] AS depths,

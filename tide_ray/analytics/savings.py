@@ -44,9 +44,11 @@ def _runs(run: int, full: int) -> dict[str, Any]:
 
 
 def _stages(stages: Sequence[Mapping[str, Any]], counters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Launches of each stage and the rows in them, prompt rows included."""
-    found = []
+    """Launches of each stage and the rows in them, prompt rows included; none where they were not counted."""
+    found: list[dict[str, Any]] = []
     launches, through = counters.get("launches") or {}, counters.get("rows_through_layer") or []
+    if not launches:
+        return found
     for stage in stages:
         num = launches.get(stage["name"], 0)
         layers = stage["layers"]

@@ -35,20 +35,25 @@ _OVERVIEW: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "expected speed-up": lambda run: _of_time(run, "expected", "{:.3f}"),
     "expected seconds saved": lambda run: _of_time(run, "saved_seconds", "{:,.1f}"),
 }
-OVERVIEW_WORDS = (
-    "layer runs saved, answers: of the answers' tokens; all rows: prompt rows and what ran again included, as the "
-    "engines counted; first token: since admission; ceiling: speed-up in decode if skipping were free; bound: of the "
-    "best launch policy in the cost model, at as many decode rows a step (free: if asking and filling K/V cost "
-    "nothing); expected speed-up and seconds saved: by the cost model, of the policy that ran, against full depth "
-    "(engines' seconds, all actors together); what is realised of these takes a run at full depth to compare with"
-)
+_OVERVIEW_WORDS = {
+    "layer runs saved, answers": "layer runs saved, answers: of the answers' tokens",
+    "layer runs saved, all rows": "all rows: prompt rows and what ran again included, as the engines counted",
+    "first token, p50 / p99": "first token: since admission",
+    "ceiling": "ceiling: speed-up in decode if skipping were free",
+    "bound": "bound: of the best launch policy in the cost model, at as many decode rows a step (free: if asking and "
+    "filling K/V cost nothing)",
+    "expected speed-up": "expected speed-up and seconds saved: by the cost model, of the policy that ran, against "
+    "full depth (engines' seconds, all actors together); what is realised takes a run at full depth to compare with",
+}
+"""What a line means, said where the line is shown."""
 
 
 def overview_table(runs: Sequence[Mapping[str, Any]]) -> ReportTable:
     """One column for each run; lines that no run knows anything of are left out."""
     lines = [[name, *(cell(run) for run in runs)] for name, cell in _OVERVIEW.items()]
     known = [line for line in lines if any(cell != NONE for cell in line[1:])]
-    return ReportTable("overview", ["", *(run["name"] for run in runs)], known, OVERVIEW_WORDS)
+    words = "; ".join(_OVERVIEW_WORDS[line[0]] for line in known if line[0] in _OVERVIEW_WORDS)
+    return ReportTable("overview", ["", *(run["name"] for run in runs)], known, words)
 
 
 def depths_table(run: Mapping[str, Any]) -> ReportTable:
@@ -113,15 +118,17 @@ def slowest_table(run: Mapping[str, Any]) -> ReportTable:
     rows = [
         [
             row["row_id"],
-            *(_milliseconds(row[name]) for name in ("total_time_us", "queue_time_us", "first_token_us")),
+            _milliseconds(row["total_time_us"] - (row["queue_time_us"] or 0)),
+            *(_milliseconds(row[name]) for name in ("queue_time_us", "first_token_us")),
             number(row["num_input_tokens"], "{:,}"),
             number(row["num_generated_tokens"], "{:,}"),
             number(row["mean_exit_layer"], "{:.2f}"),
         ]
         for row in run["slowest"]
     ]
-    head = ["row", "ms", "in the queue", "first token", "prompt tokens", "tokens", "mean depth"]
-    return ReportTable(f"{run['name']}: slowest rows", head, rows)
+    head = ["row", "ms", "in the queue before", "first token", "prompt tokens", "tokens", "mean depth"]
+    words = "ms: since admission to the batch; first token: as well"
+    return ReportTable(f"{run['name']}: slowest rows", head, rows, words)
 
 
 def comparison_table(compared: Mapping[str, Any]) -> ReportTable:
