@@ -132,7 +132,9 @@ def print_exits_report(facts: dict[str, Any]) -> None:
         for column in ("residents", "full depth tok/s", *names):
             speeds.add_column(column, justify="right")
         for row in facts["residents"]:
-            marks = [f"{row['speedup'][n]:.2f}{'' if any(row['boundaries_on'][n]) else ' (off)'}" for n in names]
+            marks = [
+                f"{row['speedup'][n]:.2f}{'' if any(row['boundaries_on'].get(n, [True])) else ' (off)'}" for n in names
+            ]
             speeds.add_row(str(row["residents"]), f"{row['tokens_per_second']['full depth']:,.0f}", *marks)
         console.print(speeds)
 

@@ -174,7 +174,7 @@ def test_the_depth_benchmark_measures_every_launch_policy_beside_its_limits(tiny
     assert [row["residents"] for row in scenario["rows"]] == [1, 6]
     for row in scenario["rows"]:
         assert set(row["speedup"]) == {
-            "full depth", "all rows must agree", "survivors at once", "wait for half", "chosen",
+            "full depth", "all rows must agree", "survivors at once", "wait for half", "chosen", "full depth, again",
         }  # fmt: skip
         assert row["ceiling"] > 1
         assert 1 <= row["bound"] <= row["free_bound"] < 2
@@ -196,7 +196,7 @@ def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_fo
         assert 0 <= low <= share <= high <= 1
     assert prefill["prompt_rows_stopped"] > 0
     assert prefill["mean_depth"] == 4
-    assert set(report["residents"][0]["speedup"]) == {"full depth", "exits at 5% error"}
+    assert set(report["residents"][0]["speedup"]) == {"full depth", "exits at 5% error", "full depth, again"}
 
 
 def test_the_quality_benchmark_separates_kv_policies_from_exit_heads(tiny_llama_folder: Path, routers: Path) -> None:

@@ -27,12 +27,12 @@ RUN_HERE = (
     "python -c 'import json, random",
     "tide-ray evaluate sum-routers",
     "tide-ray generate --exits sum-routers",
-    """echo '{"id": "q1",""",
-    "tide-ray status out",
 )
 """Starts of blocks, in the order of the README; each goes on in the folder that the ones before left."""
 
 RUN_BY_A_TEST = {
+    """echo '{"id": "q1",""": "tests/ray/test_generate_job.py",
+    "tide-ray status out": "tests/ray/test_job_resume.py",
     "tide-ray generate --policy static": "tests/ray/test_readme.py",
     "tide-ray report tide-output": "tests/ray/test_readme.py",
     "# 1. At which depths": "tests/ray/test_readme.py",
@@ -109,7 +109,6 @@ def test_from_nothing_to_a_certified_run_and_its_report(tmp_path: Path, demo_pat
     script.write_text(SMALL.replace("{python}", sys.executable))
     script.chmod(0o755)
     path = f"{script.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    printed = {}
     for start in RUN_HERE:
         for block in starting(start):
             done = subprocess.run(
@@ -122,10 +121,8 @@ def test_from_nothing_to_a_certified_run_and_its_report(tmp_path: Path, demo_pat
                 check=False,
             )
             assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            printed[start] = done.stdout + done.stderr
     facts = json.loads((tmp_path / "out-sums" / "run.json").read_text())
     assert facts["engine"]["exits"]["certificate"]["epsilon"] == 0.9
     assert (tmp_path / "tide-report.html").stat().st_size > 10_000
     assert (tmp_path / "evaluation.html").exists()
     assert json.loads((tmp_path / "out-watched" / "run.json").read_text())["drift"]
-    assert "1 of 1 rows (100%), 0 of them rejected" in printed["tide-ray status out"]
