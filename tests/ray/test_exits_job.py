@@ -1,47 +1,26 @@
-"""Routers from calibration to Parquet and to the benchmarks: the programs a user runs, on a tiny model."""
+"""Routers from calibration to Parquet: the programs a user runs, on a tiny model."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from programs import ROOT, calibrated, run
 from tide_ray import UserError
 from tide_ray.exits.checkpoint_files import add_certificates, read_certificates
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=250, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
 def routers(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("calibrated")
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"number {i} of many, and {i * i}"}) + "\n" for i in range(40)))
-    done = run(
-        ROOT / "jobs" / "calibrate.py", "--model", tiny_llama_folder, "--prompts", prompts, "--output", folder / "out",
-        "--dtype", "float32", "--max-tokens", 12, "--boundaries", "2,3", "--bottleneck", 16, "--num-threads", 1,
-    )  # fmt: skip
-    assert "boundaries on held-out prompts" in done.stderr
-    assert "Suitability" in done.stderr
-    return folder / "out"
+    return calibrated(tmp_path_factory.mktemp("calibrated"), tiny_llama_folder)
 
 
 def test_a_job_with_exits_writes_the_depth_of_every_token(ray_cluster: None, job: Any, routers: Path) -> None:
@@ -161,56 +140,3 @@ def test_the_certified_benchmark_has_the_figures_of_certification_beside_its_own
 def test_a_job_with_a_folder_that_is_no_checkpoint_is_refused_before_ray_starts(job: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exits must be a router checkpoint"):
         job.run(exits=str(tmp_path / "nothing"))
-
-
-def test_the_depth_benchmark_measures_every_launch_policy_beside_its_limits(tiny_llama_folder: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "depth", "--model", tiny_llama_folder, "--dtype", "float32", "--rounds", 2,
-        "--scenarios", "2:0.5", "--residents", "1,6", "--tokens", 4, "--min-seconds", 0,
-        "--num-threads", 1,
-    )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
-    (scenario,) = report["scenarios"]
-    assert [row["residents"] for row in scenario["rows"]] == [1, 6]
-    for row in scenario["rows"]:
-        assert set(row["speedup"]) == {
-            "full depth", "all rows must agree", "survivors at once", "wait for half", "chosen", "full depth, again",
-        }  # fmt: skip
-        assert row["ceiling"] > 1
-        assert 1 <= row["bound"] <= row["free_bound"] < 2
-        assert row["realised"] == pytest.approx(row["speedup"]["chosen"] / row["bound"], abs=0.01)
-
-
-def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_folder: Path, routers: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "exits", routers, "--model", tiny_llama_folder, "--dtype", "float32",
-        "--errors", "0.05", "--prefill-shares", "0.5", "--residents", "2", "--rounds", 2, "--max-tokens", 8,
-        "--min-seconds", 0, "--limit", 6, "--num-threads", 1,
-    )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
-    base, again, exits, prefill = report["variants"]
-    assert (base["name"], base["speedup"]) == ("full depth", 1.0)
-    assert again["teacher_forced"] == [1.0, 1.0, 1.0], "float32 has no noise floor"
-    for row in (exits, prefill):
-        share, low, high = row["teacher_forced"]
-        assert 0 <= low <= share <= high <= 1
-    assert prefill["prompt_rows_stopped"] > 0
-    assert prefill["mean_depth"] == 4
-    assert set(report["residents"][0]["speedup"]) == {"full depth", "exits at 5% error", "full depth, again"}
-
-
-def test_the_quality_benchmark_separates_kv_policies_from_exit_heads(tiny_llama_folder: Path, routers: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "quality", routers, "--model", tiny_llama_folder, "--dtype", "float32",
-        "--shares", "0.5,1.0", "--max-tokens", 8, "--limit", 6, "--num-threads", 1,
-    )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert (report["floor_launches"], report["floor_generation"]) == (1.0, 1.0), "float32 has no noise floor"
-    assert [row["depth"] for row in report["boundaries"]] == [2, 3]
-    for row in report["boundaries"]:
-        assert row["half"]["deferred"] == 1.0, "tokens that do not exit see exact K/V"
-        assert set(row["prompt"]) == {"copy", "fitted"}
-        half, everything = row["prefill"]
-        orders = ("random", "gate", "oracle", "earliest")
-        assert all(everything[order] == row["prompt"]["fitted"] for order in orders), "all stop, whoever chooses them"
-        assert all(0 <= half[order] <= 1 for order in orders)

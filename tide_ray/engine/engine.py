@@ -241,7 +241,7 @@ class TideEngine:
     def _advance(self) -> None:
         """Queue a step, then take in the one before, or, where steps do not run ahead, the same."""
         try:
-            if not self.runner.may_run_ahead:
+            if self._in_flight and not self.runner.may_run_ahead:
                 self._take_in(0)
             spans = self.scheduler.schedule()
             launch = None

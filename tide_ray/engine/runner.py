@@ -107,8 +107,9 @@ class Runner:
         asked, which would wait for the device, and no row waits for a stage."""
         if self.planner is None:
             return True
-        is_idle = not any(self._waiting(stage) for stage in range(1, len(self.stages)))
-        return is_idle and not any(self.planner.current.is_on) and not self.planner.probes_next
+        if any(self.planner.current.is_on) or self.planner.probes_next:
+            return False
+        return not any(self._waiting(stage) for stage in range(1, len(self.stages)))
 
     def drafts_judged(self, num_right: int, num_wrong: int) -> None:
         """Drafts of a chain that full depth confirmed, and whether one was wrong: what drafting is worth."""
