@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -252,10 +253,21 @@ def _shadow(config: GenerateJobConfig) -> ShadowOptions | None:
     return ShadowOptions(share=config.shadow, seed=config.seed or 0, delta=certificate.delta / config.num_actors)
 
 
+_CAUSE = re.compile(r"(?!ray\.)(\w+\.)*\w*(Error|Exception): \S")
+"""How a traceback names an error that is not one of Ray's own."""
+
+
 def _explained(error: Exception, failure: tuple[str, bool] | None) -> Exception:
-    """What an actor reported before the job failed, else Ray's own words, in one line."""
+    """What an actor reported before the job failed, else what Ray's words begin with, in one line.
+
+    Ray's text holds the tracebacks of all processes that an error came through, the first cause first, and ends with
+    advice.
+    """
     if failure is not None:
         message, is_user_error = failure
         return UserError(message) if is_user_error else JobError(f"the engine failed: {' '.join(message.split())}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if _CAUSE.match(line)]
+    if causes:
+        return JobError(causes[0][:500])
     return JobError(f"{type(error).__name__}: {(lines or [''])[-1][:500]}")
