@@ -171,7 +171,7 @@ def decode(
     with user_errors():
         from bench_decode import run_decode
         from bench_machine import machine_facts, num_cores
-        from bench_report import print_decode_report
+        from bench_report_device import print_decode_report
 
         from tide_ray.types import UserError
 
@@ -204,7 +204,7 @@ def kernels(
     with user_errors():
         from bench_kernels import run_kernels
         from bench_machine import machine_facts, num_cores
-        from bench_report import print_kernels_report
+        from bench_report_device import print_kernels_report
 
         measured = run_kernels(
             dtype=dtype,
@@ -229,7 +229,7 @@ def kernel_resources(
     with user_errors():
         from bench_kernel_resources import run_kernel_resources
         from bench_machine import machine_facts, num_cores
-        from bench_report import print_kernel_resources_report
+        from bench_report_device import print_kernel_resources_report
 
         measured = run_kernel_resources(
             [text.strip() for text in architectures.split(",")], [text.strip() for text in names.split(",") if text]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 def print_report(facts: dict[str, Any]) -> None:
     """Print the contenders, the profile and the Ray job's overhead."""
-    console = _headed(
+    console = headed(
         facts,
         f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens on average, at most {facts['max_tokens']} "
         f"new; {facts['rounds']} rounds",
@@ -36,7 +36,7 @@ def print_report(facts: dict[str, Any]) -> None:
 
 def print_peers_report(facts: dict[str, Any]) -> None:
     """Print what the machine allows, everyone's rate, and how our full depth compares with everyone's best."""
-    console = _headed(
+    console = headed(
         facts,
         f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens on average, at most {facts['max_tokens']} "
         f"new; {facts['rounds']} rounds",
@@ -56,7 +56,7 @@ def print_peers_report(facts: dict[str, Any]) -> None:
 
 def print_depth_report(facts: dict[str, Any]) -> None:
     """Print, for every scenario and number of residents, the launch policies beside their limits."""
-    console = _headed(facts, f"{facts['num_layers']} layers; {facts['kv_policy']} K/V; {facts['rounds']} rounds")
+    console = headed(facts, f"{facts['num_layers']} layers; {facts['kv_policy']} K/V; {facts['rounds']} rounds")
     has_contexts = len(facts["prompt_tokens"]) > 1
     for scenario in facts["scenarios"]:
         names = [name for name in scenario["rows"][0]["speedup"] if name != "full depth"]
@@ -76,34 +76,9 @@ def print_depth_report(facts: dict[str, Any]) -> None:
         console.print(table)
 
 
-def print_decode_report(facts: dict[str, Any]) -> None:
-    """Print everyone's decoding rate by residents beside the roofline, and the longest kernels of a step."""
-    console = _headed(facts, f"prompts of {facts['prompt_tokens']} tokens; {facts['rounds']} rounds")
-    names = list(facts["rows"][0]["tokens_per_second"])
-    table = Table(title="tokens/s of steps that decode", title_justify="left")
-    for column in ("residents", *names, *(f"x {name}" for name in names[1:]), "roofline", "reached"):
-        table.add_column(column, justify="right")
-    for row in facts["rows"]:
-        table.add_row(
-            str(row["residents"]),
-            *(f"{row['tokens_per_second'][name]:,.1f}" for name in names),
-            *(f"{row['ratios'][name]:.2f}" for name in names[1:]),
-            f"{facts['roofline']['tokens_per_second'][str(row['residents'])]:,.0f}",
-            f"{row['roofline_share']:.0%}",
-        )
-    console.print(table)
-    for row in facts["rows"]:
-        if (profile := row["profile"]) is not None:
-            longest = ", ".join(f"{name[:40]} {us:,.0f}" for name, us in list(profile["kernels_us"].items())[:6])
-            console.print(
-                f"{row['residents']} residents: a step takes {profile['step_us']:,.0f} us, its kernels "
-                f"{profile['all_kernels_us']:,.0f}: {longest}"
-            )
-
-
 def print_exits_report(facts: dict[str, Any]) -> None:
     """Print speed and agreement of every variant, and decode rates by residents."""
-    console = _headed(
+    console = headed(
         facts,
         f"boundaries {facts['boundaries']}, {facts['kv_policy']} K/V; {facts['prompts']} prompts of "
         f"{facts['mean_prompt_tokens']} tokens, at most {facts['max_tokens']} new; {facts['rounds']} rounds",
@@ -141,7 +116,7 @@ def print_exits_report(facts: dict[str, Any]) -> None:
 
 def print_verified_report(facts: dict[str, Any]) -> None:
     """Print, by residents, the speed of mode verified and what became of its drafts."""
-    console = _headed(facts, f"{facts['rounds']} rounds, answers of at most {facts['max_tokens']} tokens")
+    console = headed(facts, f"{facts['rounds']} rounds, answers of at most {facts['max_tokens']} tokens")
     table = Table(title="mode verified: speed-up over full depth", title_justify="left")
     names = list(facts["residents"][0]["accepted"])
     for column in ("residents", "full depth tok/s", *names, "drafts per token", "accepted", "same answers"):
@@ -162,7 +137,7 @@ def print_verified_report(facts: dict[str, Any]) -> None:
 
 def print_quality_report(facts: dict[str, Any]) -> None:
     """Print agreement with full depth by K/V policy, and by who chooses the prompt tokens that stop."""
-    console = _headed(
+    console = headed(
         facts,
         f"{facts['prompts']} prompts of {facts['mean_prompt_tokens']} tokens, {facts['judged_tokens']} tokens judged",
     )
@@ -197,7 +172,7 @@ def print_quality_report(facts: dict[str, Any]) -> None:
 
 def print_prefix_report(facts: dict[str, Any]) -> None:
     """Print, for both kinds of prompts, the time with and without prefix caching."""
-    console = _headed(facts, f"{facts['prompts']} prompts, at most {facts['max_tokens']} new; {facts['rounds']} rounds")
+    console = headed(facts, f"{facts['prompts']} prompts, at most {facts['max_tokens']} new; {facts['rounds']} rounds")
     table = Table(title="prefix caching", title_justify="left")
     for column in ("prompts", "tokens each", "from cache", "seconds with", "without", "speed-up", "same answers"):
         table.add_column(column, justify="left" if column == "prompts" else "right")
@@ -215,7 +190,7 @@ def print_prefix_report(facts: dict[str, Any]) -> None:
 
 def print_calibration_report(facts: dict[str, Any]) -> None:
     """Print both sides' time, tokens and memory."""
-    console = _headed(facts, f"{facts['samples']} samples of {facts['text']}")
+    console = headed(facts, f"{facts['samples']} samples of {facts['text']}")
     table = Table(title="calibration on text", title_justify="left")
     for column in ("", "seconds", "tokens", "peak GiB"):
         table.add_column(column, justify="right" if column else "left")
@@ -245,7 +220,7 @@ def _print_agreement(console: Console, facts: dict[str, Any]) -> None:
     )
 
 
-def _headed(facts: dict[str, Any], what: str) -> Console:
+def headed(facts: dict[str, Any], what: str) -> Console:
     """A console that has said where, with which model (if any) and when it was measured."""
     console = Console()
     model = f"; {facts['model']} in {facts['dtype']}" if "model" in facts else ""
@@ -253,47 +228,9 @@ def _headed(facts: dict[str, Any], what: str) -> Console:
     return console
 
 
-def print_kernels_report(facts: dict[str, Any]) -> None:
-    """Print every kernel's time, share of copy bandwidth, and torch's times."""
-    console = _headed(facts, f"{facts['dtype']}, rows of {facts['hidden']}, {facts['context']} tokens of context")
-    console.print(f"copies: {facts['copy_bytes_per_second'] / 1e9:,.0f} GB/s; launch {facts['launch_us']:.1f} us")
-    table = Table(title="one call in a graph of many", title_justify="left")
-    for name in ("kernel", "rows", "us", "of copies", "torch eager us", "torch.compile us"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
-    for row in facts["kernels"]:
-        times = [row[name] for name in ("us", "eager_us", "compiled_us")]
-        own, *texts = ["-" if us is None else f"{us:.1f}" for us in times]
-        share = "-" if row["share_of_copies"] is None else f"{row['share_of_copies']:.0%}"
-        table.add_row(row["kernel"], str(row["rows"]), own, share, *texts)
-        if row["tide_bytes"] is not None and row["us"] is not None:
-            least = row["tide_bytes"] / facts["copy_bytes_per_second"] * 1e6
-            table.add_row(f"{row['kernel']}, TIDE's bytes copied", str(row["rows"]), f"{least:.1f}", "100%", "-", "-")
-    console.print(table)
-
-
-def print_kernel_resources_report(facts: dict[str, Any]) -> None:
-    """Print registers and spills of every kernel, by architecture."""
-    console = _headed(facts, f"{len(facts['kernels'])} specialisations, machine code by {facts['assembler']}")
-    table = Table(title="registers / bytes of shared memory (bytes spilled)", title_justify="left")
-    table.add_column("kernel")
-    for architecture in facts["architectures"]:
-        table.add_column(architecture, justify="right")
-    for name, used in facts["kernels"].items():
-        cells = []
-        for architecture, registers in used["registers"].items():
-            spilled = used["spill_bytes"][architecture]
-            cells.append(f"{registers} / {used['shared_bytes'][architecture]}" + (f" ({spilled})" if spilled else ""))
-        table.add_row(name, *cells)
-    console.print(table)
-    console.print(
-        f"float64 instructions: {facts['float64_instructions']}; kernels that spill: {len(facts['spilling'])}; "
-        f"most registers: {facts['most_registers']}"
-    )
-
-
 def print_serving_report(facts: dict[str, Any]) -> None:
     """Print what clients saw, and the server's rate beside the bare engine's."""
-    console = _headed(facts, f"{facts['concurrency']} streams of {facts['max_tokens']} tokens")
+    console = headed(facts, f"{facts['concurrency']} streams of {facts['max_tokens']} tokens")
     table = Table(title="seen by clients, milliseconds", title_justify="left")
     for name in (
         "load",

@@ -43,7 +43,7 @@ def test_the_benchmark_without_a_gpu_is_one_line() -> None:
 
 def test_measured_kernels_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(JOBS))
-    from bench_report import print_kernels_report
+    from bench_report_device import print_kernels_report
 
     row = {"kernel": "route", "rows": 8, "bytes": 1e6, "us": 2.0, "share_of_copies": 0.8}
     row |= {"eager_us": 9.0, "compiled_us": None, "tide_bytes": None}
