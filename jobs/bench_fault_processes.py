@@ -96,9 +96,10 @@ def two_drivers(bench: Bench, name: str) -> dict[str, Any]:
 def driver_suspended(bench: Bench, name: str) -> dict[str, Any]:
     """A driver stands still for longer than its lease, and goes on when another has taken the folder.
 
-    Its lock is made to look like that of another machine, where only the heartbeat can be seen.
+    Its lock is made to look like that of another machine, where only the heartbeat can be seen. Its actor keeps the
+    node that it has, so each driver asks for one of the two.
     """
-    job = bench.job(name)
+    job = bench.job(name, num_actors=1)
     job.hold_at(bench.num_rows // 3)
     first = job.start()
     job.wait_for_rows(bench.num_rows // 3, first)
