@@ -63,9 +63,9 @@ def paged_attention_cuda(
     is_vector = head_dim % lanes == 0 and all(stride % lanes == 0 for stride in strides)
     is_vector = is_vector and is_aligned(query, key_pages, value_pages)
     by_products = is_vector and takes_products(query.device, query.dtype, head_dim, page_size)
-    if by_products:
-        is_open = may_multiply is None
-        by_products = products_are_right(query.device, query.dtype, head_dim) if is_open else bool(may_multiply)
+    if by_products and may_multiply is None:
+        may_multiply = products_are_right(query.device, query.dtype, head_dim)
+    by_products = by_products and bool(may_multiply)
     most = MAX_QUERIES_OF_PRODUCT if by_products else None
     heads, rows = queries_of_block(group, max_rows, head_dim, most)
     tiles, row_tiles = -(-group // heads), -(-max_rows // rows)

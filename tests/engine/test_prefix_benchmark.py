@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "jobs" / "benchmark.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+from programs import ROOT, run
 
 
 @pytest.mark.slow
@@ -21,14 +17,10 @@ def test_shared_examples_come_from_the_cache_and_examples_of_ones_own_do_not(
 ) -> None:
     rows = [{"prompt": f"what is {n} and {n * n}?", "answer": f"{n + n * n} it is"} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [
-        PROGRAM, "prefix", tmp_path / "rows.jsonl", "--shots", 2, "--limit", 5, "--model", tiny_llama_folder,
-        "--dtype", "float32", "--max-tokens", 4, "--rounds", 2, "--num-threads", 1,
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(
+        ROOT / "jobs" / "benchmark.py", "prefix", tmp_path / "rows.jsonl", "--shots", 2, "--limit", 5,
+        "--model", tiny_llama_folder, "--dtype", "float32", "--max-tokens", 4, "--rounds", 2, "--num-threads", 1,
+    )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
     shared, apart = report["kinds"]
     assert shared["hit_rate"] > 0.4

@@ -241,8 +241,8 @@ class TideEngine:
     def _advance(self) -> None:
         """Queue a step, then take in the one before, or, where steps do not run ahead, the same."""
         try:
-            if self._in_flight and not self.runner.may_run_ahead:
-                self._take_in(0)
+            while self._in_flight and not self.runner.may_run_ahead:
+                self._take_in_oldest()
             spans = self.scheduler.schedule()
             launch = None
             if spans or any(sequence.stage for sequence in self.scheduler.residents):
@@ -251,17 +251,16 @@ class TideEngine:
             self.scheduler.launched(spans, launch.sequences if launch is not None else ())
             runs_ahead = self.runs_ahead and launch is not None and launch.may_be_read_later
             while len(self._in_flight) > (runs_ahead and self.runner.may_run_ahead and self.requests.has_running):
-                self._take_in(len(self._in_flight) - 1)
+                self._take_in_oldest()
         except BaseException:
             self.scheduler.launch_failed([sequence for launch in self._in_flight for sequence in launch.sequences])
             self._in_flight.clear()
             raise
 
-    def _take_in(self, num_left: int) -> None:
-        """Read and commit the oldest steps in flight until ``num_left`` are left."""
-        while len(self._in_flight) > num_left:
-            self.requests.finish(self.committer.commit(self._in_flight[0].read()))
-            self._in_flight.popleft()
+    def _take_in_oldest(self) -> None:
+        """Read and commit the oldest step in flight."""
+        self.requests.finish(self.committer.commit(self._in_flight[0].read()))
+        self._in_flight.popleft()
 
     def describe(self) -> dict[str, Any]:
         """Facts of this engine for run records: model, policy, limits, threads."""

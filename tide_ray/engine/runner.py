@@ -109,7 +109,7 @@ class Runner:
             return True
         if any(self.planner.current.is_on) or self.planner.probes_next:
             return False
-        return not any(self._waiting(stage) for stage in range(1, len(self.stages)))
+        return not self._any_waits
 
     def drafts_judged(self, num_right: int, num_wrong: int) -> None:
         """Drafts of a chain that full depth confirmed, and whether one was wrong: what drafting is worth."""
@@ -130,7 +130,12 @@ class Runner:
         if len(self.stages) == 1 or self.graphs is not None:
             return False
         alone = all(lane.span.is_decode and not lane.sequence.pending for lane in lanes)
-        return alone and not any(self._waiting(stage) for stage in range(1, len(self.stages)))
+        return alone and not self._any_waits
+
+    @property
+    def _any_waits(self) -> bool:
+        """Whether some resident's newest token waits for a stage."""
+        return any(self._waiting(stage) for stage in range(1, len(self.stages)))
 
     def _launch(self, indices: Seq[int], flow: Flow) -> None:
         """Take the rows of a launch through neighbouring stages, all of them in one go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import make_case, without_nan
 
 from tide_kernels.cuda.kernel import Kernel
 from tide_kernels.paged_attention import (
@@ -46,35 +46,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-def make_case(dtype, generator, num_heads: int, kv_heads: int, head_dim: int, lengths: list[int], num_rows: int):
-    """Query of ``num_rows`` rows, pages scattered over the pool with NaN behind each last token, table."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    width = -(-max(lengths) // PAGE_SIZE)
-    num_pages = width * len(lengths) + 2
-    table = torch.randperm(num_pages, generator=generator)[: width * len(lengths)].view(len(lengths), width).int()
-    keys, values = (random(num_pages, kv_heads, PAGE_SIZE, head_dim) for _ in range(2))
-    for row, length in enumerate(lengths):
-        for page, number in enumerate(table[row].tolist()):
-            used = max(0, min(PAGE_SIZE, length - page * PAGE_SIZE))
-            keys[number, :, used:], values[number, :, used:] = float("nan"), float("nan")
-    return random(num_rows, num_heads, head_dim), keys, values, table
-
-
-def without_nan(case):
-    query, keys, values, table = case
-    return query, keys.nan_to_num(), values.nan_to_num(), table
-
-
 @pytest.mark.parametrize(("num_heads", "kv_heads", "head_dim"), [(8, 2, 64), (3, 1, 64), (7, 1, 128), (9, 1, 64)])
 def test_decode_equals_the_reference_and_what_lies_behind_is_not_read(
     dtype, generator, launched, num_heads, kv_heads, head_dim
 ) -> None:
     """Nine heads of a group take two blocks; 60 tokens are split over two."""
     lengths = [1, 60]
-    case = make_case(dtype, generator, num_heads, kv_heads, head_dim, lengths, 2)
+    case = make_case(PAGE_SIZE, dtype, generator, num_heads, kv_heads, head_dim, lengths, 2)
     counts = torch.tensor(lengths).int()
     actual = paged_decode_attention(*case, counts, scale=0.15)
     expected = paged_decode_attention_reference(*without_nan(case), counts, scale=0.15)
@@ -84,7 +62,7 @@ def test_decode_equals_the_reference_and_what_lies_behind_is_not_read(
 
 @pytest.mark.parametrize(("softcap", "window"), [(2.0, 0), (0.0, 21), (3.0, 9)])
 def test_softcap_and_window(dtype, generator, softcap: float, window: int) -> None:
-    case = make_case(dtype, generator, 4, 2, 64, [4, 40], 2)
+    case = make_case(PAGE_SIZE, dtype, generator, 4, 2, 64, [4, 40], 2)
     counts, options = torch.tensor([4, 40]).int(), {"scale": 0.15, "softcap": softcap, "window": window}
     actual = paged_decode_attention(*case, counts, **options)
     expected = paged_decode_attention_reference(*without_nan(case), counts, **options)
@@ -95,7 +73,7 @@ def test_softcap_and_window(dtype, generator, softcap: float, window: int) -> No
 @pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (2.0, 6)])
 def test_a_few_rows_of_a_sequence_see_what_they_may(dtype, generator, num_heads, kv_heads, softcap, window) -> None:
     """Sequences of 3, 0 and 5 rows; the first's skip positions, as deferred ones do."""
-    case = make_case(dtype, generator, num_heads, kv_heads, 64, [21, 1, 5], 8)
+    case = make_case(PAGE_SIZE, dtype, generator, num_heads, kv_heads, 64, [21, 1, 5], 8)
     counts = torch.tensor([2, 17, 21, 1, 2, 3, 4, 5]).int()
     starts = torch.tensor([0, 3, 3, 8]).int()
     options = {"max_rows": 5, "scale": 0.15, "softcap": softcap, "window": window}
@@ -105,14 +83,14 @@ def test_a_few_rows_of_a_sequence_see_what_they_may(dtype, generator, num_heads,
 
 
 def test_a_row_that_is_not_a_number_spoils_no_other(generator) -> None:
-    query, keys, values, table = make_case(torch.bfloat16, generator, 2, 1, 64, [3, 20], 2)
+    query, keys, values, table = make_case(PAGE_SIZE, torch.bfloat16, generator, 2, 1, 64, [3, 20], 2)
     query[0, 1, 2] = float("nan")
     actual = paged_decode_attention(query, keys, values, table, torch.tensor([3, 20]).int(), scale=0.15)
     assert actual.isnan().any(-1).tolist() == [[False, True], [False, False]]
 
 
 def test_scores_of_minus_infinity_count_nothing(generator) -> None:
-    query, keys, values, table = without_nan(make_case(torch.bfloat16, generator, 1, 1, 64, [20], 1))
+    query, keys, values, table = without_nan(make_case(PAGE_SIZE, torch.bfloat16, generator, 1, 1, 64, [20], 1))
     query[:] = 1
     keys[table[0, 0], :, 0] = float("-inf")
     counts = torch.tensor([20]).int()
