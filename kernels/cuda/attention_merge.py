@@ -1,4 +1,5 @@
-"""How what was found of a query's softmax in several places becomes one: within a block, and between blocks.
+"""What the attention kernels share: which rows and tokens are a block's, and how what was found of a query's softmax in
+several places becomes one, within a block and between blocks.
 
 Each place gives the highest score that it saw, and, relative to that, its sum of weights and its weighted sum of values
 (Milakov and Gimelshein 2018, arXiv 1805.02867).
@@ -26,6 +27,27 @@ NOTHING = float32(-math.inf)
 def share(mine, best):  # type: ignore[no-untyped-def]
     """What a score, or a running sum with the maximum ``mine``, counts beside the maximum ``best``."""
     return float32(0) if mine == NOTHING else exp(mine - best)
+
+
+def work_of_block(rows: int, *, is_extend: bool) -> tuple[Any, Any]:
+    """Two device functions: the first of a block's ``rows`` rows and the end of its sequence's, and the tokens that it
+    attends to, its split of those that any of its rows sees."""
+
+    @cuda.jit(device=True)
+    def rows_here(row_starts, sequence, row_tiles):  # type: ignore[no-untyped-def]
+        if is_extend:
+            return row_starts[sequence] + cuda.blockIdx.x % row_tiles * rows, row_starts[sequence + 1]
+        return sequence, sequence + 1
+
+    @cuda.jit(device=True)
+    def tokens_here(lengths, first, last, window):  # type: ignore[no-untyped-def]
+        begin, end = lengths[first], lengths[min(first + rows, last) - 1]  # rows of a sequence see ever more
+        begin = max(0, begin - window) if window > 0 else 0
+        each = (end - begin + cuda.gridDim.z - 1) // cuda.gridDim.z
+        begin += cuda.blockIdx.z * each
+        return begin, min(end, begin + each)
+
+    return rows_here, tokens_here
 
 
 def merge_in_block(

@@ -14,7 +14,7 @@ import math
 import torch
 from numba import cuda, float32
 
-from tide_kernels.cuda.attention_merge import NOTHING, merge_in_block, share
+from tide_kernels.cuda.attention_merge import NOTHING, merge_in_block, share, work_of_block
 from tide_kernels.cuda.elements import elements
 from tide_kernels.cuda.kernel import FLOAT, INT, LONG, Kernel, pointer
 from tide_kernels.cuda.launches import ATTENTION_WARPS
@@ -51,6 +51,7 @@ def attend_kernel(
     threads, peaks, all_numbers = ATTENTION_WARPS * WARP, readers * queries, readers * queries * head_dim
     many_rows = rows > 1
     reach = tuple(2**k for k in range(5) if 2**k < token_lanes)[::-1] or (0,)
+    rows_here, tokens_here = work_of_block(rows, is_extend=is_extend)
     merge = merge_in_block(dtype, readers, heads, rows, head_dim, threads, is_split=is_split)
 
     @cuda.jit(device=True)
@@ -102,17 +103,10 @@ def attend_kernel(
         sequence = cuda.blockIdx.x // row_tiles
         kv_head, tile = cuda.blockIdx.y % kv_heads, cuda.blockIdx.y // kv_heads
         group = num_heads // kv_heads
-        first, last = sequence, sequence + 1
-        if is_extend:
-            first = row_starts[sequence] + cuda.blockIdx.x % row_tiles * rows
-            last = row_starts[sequence + 1]
+        first, last = rows_here(row_starts, sequence, row_tiles)
         if first >= last:
             return
-        begin, end = lengths[first], lengths[min(first + rows, last) - 1]  # rows of a sequence see ever more
-        begin = max(0, begin - window) if window > 0 else 0
-        each = (end - begin + cuda.gridDim.z - 1) // cuda.gridDim.z
-        begin += cuda.blockIdx.z * each
-        end = min(end, begin + each)
+        begin, end = tokens_here(lengths, first, last, window)
         for r in range(rows):
             for h in range(heads):
                 i = r * heads + h

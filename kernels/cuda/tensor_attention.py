@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from numba import cuda, float32, uint32
 
-from tide_kernels.cuda.attention_merge import NOTHING, merge_in_block, share
+from tide_kernels.cuda.attention_merge import NOTHING, merge_in_block, share, work_of_block
 from tide_kernels.cuda.elements import load_words
 from tide_kernels.cuda.kernel import FLOAT, INT, IS_SIMULATED, LONG, Kernel, pointer
 from tide_kernels.cuda.launches import ATTENTION_WARPS
@@ -57,6 +57,7 @@ def product_kernel(
     num_words, num_sums = 4 * key_blocks, head_dim // 4
     step, threads = ATTENTION_WARPS * TILE, ATTENTION_WARPS * WARP
     peaks, all_numbers = ATTENTION_WARPS * queries, ATTENTION_WARPS * queries * head_dim
+    rows_here, tokens_here = work_of_block(rows, is_extend=is_extend)
     merge = merge_in_block(dtype, ATTENTION_WARPS, heads, rows, head_dim, threads, is_split=is_split)
 
     @cuda.jit(device=True)
@@ -105,17 +106,10 @@ def product_kernel(
         sequence = cuda.blockIdx.x // row_tiles
         kv_head, tile = cuda.blockIdx.y % kv_heads, cuda.blockIdx.y // kv_heads
         group = num_heads // kv_heads
-        first, last = sequence, sequence + 1
-        if is_extend:
-            first = row_starts[sequence] + cuda.blockIdx.x % row_tiles * rows
-            last = row_starts[sequence + 1]
+        first, last = rows_here(row_starts, sequence, row_tiles)
         if first >= last:
             return
-        begin, end = lengths[first], lengths[min(first + rows, last) - 1]  # rows of a sequence see ever more
-        begin = max(0, begin - window) if window > 0 else 0
-        each = (end - begin + cuda.gridDim.z - 1) // cuda.gridDim.z
-        begin += cuda.blockIdx.z * each
-        end = min(end, begin + each)
+        begin, end = tokens_here(lengths, first, last, window)
         row, head = first + mine // heads, tile * heads + mine % heads
         is_query = mine < queries and row < last and head < group
         place = row * row_stride + (kv_head * group + head) * head_stride if is_query else 0
