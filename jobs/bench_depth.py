@@ -171,12 +171,13 @@ def _measure(
 
         return prepare
 
+    chosen_planner = LaunchPlanner(costs, [share])
     contenders = [
         Contender("full depth", full),
         Contender("all rows must agree", exiting, policy(lambda: LaunchPlanner(None, [share]), unanimous=True)),
         Contender("survivors at once", exiting, policy(lambda: LaunchPlanner(None, [share]))),
         Contender("wait for half", exiting, policy(lambda: WaitForFull(share))),
-        (chooser := Contender("chosen", exiting, policy(lambda: LaunchPlanner(costs, [share])))),
+        (chooser := Contender("chosen", exiting, policy(lambda: chosen_planner))),
         Contender(AGAIN, full),
     ]
     if full.runner.adapter.device.type == "cuda":  # products of new shapes load their code first

@@ -70,7 +70,7 @@ class FixedPlanner(LaunchPlanner):
 
     def __init__(self, num_boundaries: int, holds: Sequence[int] | None = None) -> None:
         super().__init__(None, [0.5] * num_boundaries, always=True)
-        self.current = LaunchPlan((True,) * num_boundaries, tuple(holds or (1,) * num_boundaries), 0.0)
+        self.current = LaunchPlan((True,) * num_boundaries, tuple(holds or (1,) * num_boundaries))
 
 
 def forced_engine(

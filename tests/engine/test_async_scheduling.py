@@ -253,7 +253,7 @@ def test_a_boundary_is_asked_only_when_all_tokens_are_known(
     def plan(residents: int) -> LaunchPlan:
         planner._steps += 1
         if rng.random() < 0.25:
-            planner.current = LaunchPlan((not planner.current.is_on[0],), (1,), 0.0)
+            planner.current = LaunchPlan((not planner.current.is_on[0],), (1,))
         return planner.current
 
     def noted(spans: Any, ahead: Any = None) -> Any:

@@ -80,6 +80,10 @@ class EngineCosts:
             head=self.head.scaled(common),
         )
 
+    def full_depth(self, num_rows: float) -> float:
+        """Seconds of a step that takes so many rows through every stage and the head."""
+        return sum(stage(num_rows) for stage in self.stages) + self.head(num_rows)
+
     def to_json(self) -> dict[str, Any]:
         """For run records; seconds to the nanosecond."""
         curves = {"stages": self.stages, "gates": self.gates, "exits": self.exits, "head": (self.head,)}
@@ -107,11 +111,17 @@ class EngineCosts:
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
     """``is_on``: which boundaries let rows exit. ``holds``: launches of the stage before for one of the stage behind
-    it, 1 meaning that survivors go on at once. ``rate``: expected tokens per second."""
+    it, 1 meaning that survivors go on at once. ``rate``: expected tokens per second; ``gain``: that over the rate with
+    every boundary off."""
 
     is_on: tuple[bool, ...]
     holds: tuple[int, ...]
-    rate: float
+    rate: float = 0.0
+    gain: float = 1.0
+
+    @classmethod
+    def all_off(cls, num_boundaries: int, rate: float = 0.0) -> LaunchPlan:
+        return cls((False,) * num_boundaries, (1,) * num_boundaries, rate)
 
     @property
     def exits(self) -> bool:
@@ -195,9 +205,8 @@ def best_plan(
     """
     num = len(shares)
     off = (False,) * num, (1,) * num
-    best = LaunchPlan(*off, expected_rate(costs, residents, shares, *off, acceptance))
-    if must_be_on:
-        best = LaunchPlan((True,) * num, (1,) * num, 0.0)
+    off_rate = expected_rate(costs, residents, shares, *off, acceptance)
+    best = LaunchPlan((True,) * num, (1,) * num) if must_be_on else LaunchPlan.all_off(num, off_rate)
     choices = [(True,) * num] if must_be_on else list(itertools.product((False, True), repeat=num))
     at_once = [(is_on, (1,) * num) for is_on in choices]
     waiting = [
@@ -211,7 +220,7 @@ def best_plan(
         for is_on, holds in plans:
             rate = expected_rate(costs, residents, shares, is_on, holds, acceptance)
             if rate > max(best.rate, needed):
-                best = LaunchPlan(is_on, holds, rate)
+                best = LaunchPlan(is_on, holds, rate, rate / off_rate)
     return best
 
 
@@ -236,7 +245,7 @@ def limits(costs: EngineCosts, residents: int, shares: Sequence[float]) -> Limit
     seconds = [stage(residents) for stage in costs.stages]
     reach = itertools.accumulate(shares, lambda left, share: left * (1 - share), initial=1.0)
     skipped = sum((1 - reached) * one for reached, one in zip(reach, seconds, strict=True))
-    total = sum(seconds) + costs.head(residents)
+    total = costs.full_depth(residents)
     off = expected_rate(costs, residents, shares, [False] * len(shares), [1] * len(shares))
     plan = best_plan(costs, residents, shares, min_gain=0.0, min_hold_gain=0.0)
     free = best_plan(costs.without_overheads(), residents, shares, min_gain=0.0, min_hold_gain=0.0)

@@ -7,6 +7,7 @@ callers with their own loop. Not thread-safe: one thread drives an engine (see `
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -240,6 +241,7 @@ class TideEngine:
 
     def _advance(self) -> None:
         """Queue a step, then take in the one before, or, where steps do not run ahead, the same."""
+        start, num_tokens = time.perf_counter(), self.stats.num_generated_tokens
         try:
             while self._in_flight and not self.runner.may_run_ahead:
                 self._take_in_oldest()
@@ -252,6 +254,7 @@ class TideEngine:
             runs_ahead = self.runs_ahead and launch is not None and launch.may_be_read_later
             while len(self._in_flight) > (runs_ahead and self.runner.may_run_ahead and self.requests.has_running):
                 self._take_in_oldest()
+            self.runner.stepped(time.perf_counter() - start, self.stats.num_generated_tokens - num_tokens)
         except BaseException:
             self.scheduler.launch_failed([sequence for launch in self._in_flight for sequence in launch.sequences])
             self._in_flight.clear()

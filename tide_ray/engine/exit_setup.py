@@ -86,6 +86,7 @@ def describe_exits(config: EngineConfig, routers: Routers | None, runner: Runner
         "holds": list(planner.current.holds),
         "time_factors": [round(factor, 3) for factor in planner.time_factors],
         "switches": planner.num_switches,
+        "trials": [] if planner.comparison is None else planner.comparison.to_json(),
         "is_stopped": planner.is_stopped,
     }
 

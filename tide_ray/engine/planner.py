@@ -1,14 +1,15 @@
 """Chooses, from measured costs and the exits seen so far, which boundaries are on and how long survivors wait.
 
 The choice is made anew as the number of residents, the share of exits and the time that stages take change (contexts
-grow, other work shares the machine). A boundary that is off is asked now and then without letting anything stop, so
-that it can come back.
+grow, other work shares the machine), and has to prove itself in steps (see ``comparison``). A boundary that is off is
+asked now and then without letting anything stop, so that it can come back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tide_ray.engine.comparison import Comparison
 from tide_ray.engine.cost_model import EngineCosts, LaunchPlan, best_plan
 
 PROBE_EVERY = 64
@@ -53,14 +54,14 @@ class LaunchPlanner:
         self._steps = 0
         self.time_factors = [1.0] * (len(shares) + 1)  # time of each stage's launches over the measured curve's
         self._plans: dict[tuple[int, ...], LaunchPlan] = {}
-        self.current = LaunchPlan((True,) * len(shares), (1,) * len(shares), 0.0)
+        self.current = LaunchPlan((True,) * len(shares), (1,) * len(shares))
+        self.comparison = None if costs is None or always else Comparison(costs)
         self.num_switches = 0
         self.is_stopped = False
 
     def stop(self) -> None:
         """Every boundary is off from now on, whatever it would save."""
-        off = (False,) * len(self.shares)
-        self.current, self.is_stopped = LaunchPlan(off, (1,) * len(off), 0.0), True
+        self.current, self.is_stopped = LaunchPlan.all_off(len(self.shares)), True
 
     def plan(self, residents: int) -> LaunchPlan:
         """The plan for a step with this many decoding sequences."""
@@ -79,6 +80,8 @@ class LaunchPlanner:
             acceptance = None if self.acceptance is None else right / 50
             self._plans[key] = self._choose(costs, key[0], [share / 50 for share in rounded], acceptance)
         chosen = self._plans[key]
+        if self.comparison is not None:
+            chosen = self.comparison.settle(chosen, residents)
         self.num_switches += chosen.is_on != self.current.is_on
         self.current = chosen
         return chosen
@@ -127,6 +130,11 @@ class LaunchPlanner:
             factor = min(seconds / expected, MAX_TIME_FACTOR)
             for stage in stages:
                 self.time_factors[stage] += TIME_SMOOTHING * (factor - self.time_factors[stage])
+
+    def stepped(self, seconds: float, num_tokens: int, num_prompt_rows: int) -> None:
+        """Note how long a whole step took, what sequences got in it, and the rows of prompts that ran beside."""
+        if self.comparison is not None:
+            self.comparison.stepped(seconds, num_tokens, num_prompt_rows)
 
     def should_launch(self, stage: int, num_ready: int) -> bool:
         """Whether the rows ready for ``stage`` run now (True) or wait for more."""

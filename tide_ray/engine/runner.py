@@ -69,6 +69,7 @@ class Runner:
         self._waiting = waiting
         self._by_row = attends_by_row(adapter.device, adapter.dtype)
         self._prefill_tail = prefill_tail
+        self._num_prompt_rows = 0  # of the last step
         size = (len(stages) - 1, max_residents, adapter.config.hidden_size)
         self._states = torch.zeros(size, dtype=adapter.dtype, device=adapter.device)
 
@@ -116,13 +117,20 @@ class Runner:
         if self.planner is not None:
             self.planner.observe_drafts(num_right, num_wrong)
 
+    def stepped(self, seconds: float, num_tokens: int) -> None:
+        """How long the last step took, scheduling and committing included, and how many tokens were committed in it."""
+        if self.planner is not None:
+            self.planner.stepped(seconds, num_tokens, self._num_prompt_rows)
+
     # ---- stages ----
 
     def _plan(self, lanes: Seq[Lane]) -> tuple[tuple[bool, ...], bool]:
         if self.planner is None:
             return (False,) * len(self.stages), False
         waiting = sum(len(self._waiting(stage)) for stage in range(1, len(self.stages)))
-        plan = self.planner.plan(sum(lane.may_wait for lane in lanes) + waiting)
+        num_decoding = sum(lane.may_wait for lane in lanes)
+        self._num_prompt_rows = sum(lane.num_rows for lane in lanes if not lane.may_wait)
+        plan = self.planner.plan(num_decoding + waiting)
         return plan.is_on, self.planner.probes
 
     def _may_skip_boundaries(self, lanes: Seq[Lane]) -> bool:
