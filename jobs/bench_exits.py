@@ -2,8 +2,8 @@
 
 Agreement is measured twice, through the engine itself. Teacher-forced: every variant is made to follow full depth's
 answers, and each token that it would have chosen is compared; K/V of exits are in place as in generation. Free: the
-variant answers by itself. Intervals are over prompts (bootstrap). ``full depth again`` is the noise floor: full depth
-against itself in another batch composition.
+variant answers by itself. Intervals are over prompts (bootstrap). ``full depth, again`` is the noise floor: of
+agreement full depth against itself in another batch composition, of speed full depth's second turn in every round.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ class Variant:
 
     name: str
     options: dict[str, Any]
-    seconds: list[float] = field(default_factory=list)
-    num_tokens: int = 0
+    rates: list[float] = field(default_factory=list)  # tokens per second, by round
+
+    def answer(self, engine: TideEngine, prompts: list[list[int]], max_tokens: int) -> None:
+        start = time.perf_counter()
+        outputs = answer(engine, prompts, max_tokens)
+        self.rates.append(sum(map(len, outputs)) / (time.perf_counter() - start))
 
 
 def run_exits(
@@ -76,21 +80,18 @@ def run_exits(
     ]
     full = TideEngine(loaded, EngineConfig(**settings))
     engines = [TideEngine(loaded, EngineConfig(**settings, exits=checkpoint, **v.options)) for v in variants]
-    base = Variant("full depth", {})
-    everyone = [(base, full), *zip(variants, engines, strict=True)]
+    base, base_again = Variant("full depth", {}), Variant(AGAIN, {})
+    everyone = [(base, full), *zip(variants, engines, strict=True), (base_again, full)]
     answers = answer(full, prompts, workload.max_tokens)
     for number in range(rounds):
         for variant, engine in everyone if number % 2 == 0 else reversed(everyone):
-            start = time.perf_counter()
-            outputs = answer(engine, prompts, workload.max_tokens)
-            variant.seconds.append(time.perf_counter() - start)
-            variant.num_tokens = sum(map(len, outputs))
-    rows = [_row(base, base, {}, None)]
+            variant.answer(engine, prompts, workload.max_tokens)
+    full_rates = [statistics.fmean(rates) for rates in zip(base.rates, base_again.rates, strict=True)]
     again = follow(TideEngine(loaded, EngineConfig(**{**settings, "max_num_seqs": 24})), prompts, answers)
-    rows.append({"name": "full depth again", "teacher_forced": _agreement(again)})
-    for variant, engine in everyone[1:]:
+    rows = [_speed(base, full_rates), {**_speed(base_again, full_rates), "teacher_forced": _agreement(again)}]
+    for variant, engine in zip(variants, engines, strict=True):
         quality = _quality(loaded, settings, checkpoint, variant, prompts, answers, workload.max_tokens)
-        rows.append(_row(variant, base, quality, engine))
+        rows.append(_row(variant, full_rates, quality, engine))
     speeds = [
         _at_residents(full, engines[: len(errors)], variants, prompts, count, rounds, min_seconds)
         for count in residents
@@ -145,16 +146,26 @@ def _agreement(same: Sequence[Sequence[bool]]) -> list[float]:
     return [round(share, 4) for share in interval([float(np.mean(one)) for one in judged], list(map(len, judged)))]
 
 
-def _row(variant: Variant, base: Variant, quality: dict[str, Any], engine: TideEngine | None) -> dict[str, Any]:
-    rate = variant.num_tokens / statistics.median(variant.seconds)
-    base_rate = base.num_tokens / statistics.median(base.seconds)
-    facts = {"name": variant.name, "tokens_per_second": round(rate, 1), "speedup": round(rate / base_rate, 3)}
-    if engine is None:
-        return facts
+def _speed(variant: Variant, full_rates: Sequence[float]) -> dict[str, Any]:
+    """Median rate, and median ratio to full depth's in the same round."""
+    ratios = [rate / full for rate, full in zip(variant.rates, full_rates, strict=True)]
+    return {
+        "name": variant.name,
+        "tokens_per_second": round(statistics.median(variant.rates), 1),
+        "speedup": round(statistics.median(ratios), 3),
+    }
+
+
+def _row(variant: Variant, full_rates: Sequence[float], quality: dict[str, Any], engine: TideEngine) -> dict[str, Any]:
     described = engine.describe()["exits"]
-    layers = engine.num_layers
-    facts["ceiling_in_layers"] = round(layers / quality["mean_depth"], 3)
-    return {**facts, **quality, "boundaries_on": described["boundaries_on"], "exit_shares": described["exit_shares"]}
+    return {
+        **_speed(variant, full_rates),
+        "ceiling_in_layers": round(engine.num_layers / quality["mean_depth"], 3),
+        **quality,
+        "boundaries_on": described["boundaries_on"],
+        "exit_shares": described["exit_shares"],
+        "trials": described["trials"],
+    }
 
 
 def _at_residents(
@@ -178,4 +189,5 @@ def _at_residents(
         "tokens_per_second": {one.name: round(one.rate, 1) for one in everyone},
         "speedup": {one.name: round(one.speedup(base), 3) for one in everyone},
         "boundaries_on": {one.name: one.engine.describe()["exits"]["boundaries_on"] for one in everyone[1:-1]},
+        "trials": {one.name: one.engine.describe()["exits"]["trials"] for one in everyone[1:-1]},
     }

@@ -43,7 +43,8 @@ def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_fo
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
     base, again, exits, prefill = report["variants"]
-    assert (base["name"], base["speedup"]) == ("full depth", 1.0)
+    assert (base["name"], again["name"]) == ("full depth", "full depth, again")
+    assert base["speedup"] + again["speedup"] == pytest.approx(2, abs=0.002), "both are compared with their mean"
     assert again["teacher_forced"] == [1.0, 1.0, 1.0], "float32 has no noise floor"
     for row in (exits, prefill):
         share, low, high = row["teacher_forced"]
