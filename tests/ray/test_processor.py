@@ -88,9 +88,21 @@ def test_an_engine_always_has_more_rows_at_hand_than_it_can_hold() -> None:
             assert rows >= 2 * max_num_seqs or concurrent_batches(batch_size, max_num_seqs) == 128
 
 
+def test_few_rows_reach_every_actor_and_a_pool_that_grows_keeps_its_engines_full() -> None:
+    def batches(num_rows: int, num_actors: int, max_actors: int) -> int:
+        return concurrent_batches(4, 8, num_rows=num_rows, num_actors=num_actors, max_actors=max_actors)
+
+    assert concurrent_batches(4, 8) == 8
+    assert batches(10_000, 1, 4) == 8
+    assert batches(16, 4, 4) == 1, "one for each"
+    assert batches(30, 1, 2) == 4, "half for the one that may come"
+    assert batches(16, 1, 4) == 2, "but not fewer than fill the residents"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"labels": {"zone": "a b"}}, "labels: expected NAME: VALUE"),
         ({"engine_kwargs": {"dtyp": "float32"}}, "unknown field 'dtyp'"),
         ({"engine_kwargs": {"dtype": "int3"}}, "dtype must be one of"),
         ({"concurrency": 0}, "concurrency must be a positive number"),

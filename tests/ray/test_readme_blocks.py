@@ -32,6 +32,7 @@ RUN_HERE = (
 
 RUN_BY_A_TEST = {
     """echo '{"id": "q1",""": "tests/ray/test_generate_job.py",
+    "tide-ray generate --num-actors 1 --max-actors 2": "tests/ray/test_pool.py",
     "tide-ray status out": "tests/ray/test_job_resume.py",
     "tide-ray generate --policy static": "tests/ray/test_readme.py",
     "tide-ray report tide-output": "tests/ray/test_readme.py",

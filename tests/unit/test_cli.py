@@ -73,6 +73,10 @@ def assert_refused(result: Result, *parts: str) -> None:
         (["--limit", "0"], "limit: input should be greater than or equal to 1, got 0"),
         (["--batch-size", "0"], "batch_size: input should be greater than or equal to 1, got 0"),
         (["--num-actors", "0"], "num_actors: input should be greater than or equal to 1, got 0"),
+        (["--num-actors", "3", "--max-actors", "2"], "max_actors must be at least num_actors, 3, got 2"),
+        (["--labels", "zone"], "labels must be NAME=VALUE separated by commas, got 'zone'"),
+        (["--labels", "zone=a b"], "labels: expected NAME: VALUE, !VALUE or in(A, B), got 'zone': 'a b'"),
+        (["--accelerator-type", ""], "accelerator_type: "),
         (["--max-num-seqs", "0"], "max_num_seqs must be a positive integer, got 0"),
         (["--raw", "--system-prompt", "Be brief."], "system_prompt needs the chat template, got raw=True"),
         (
@@ -115,6 +119,7 @@ def test_a_model_folder_that_cannot_run_is_refused(tmp_path: Path, prompts: Path
         ("max_token: 3", "config: unknown field 'max_token'; known: model, revision, prompts"),
         ("max_tokens: many", "max_tokens: input should be a valid integer, got 'many'"),
         ("prompts: one.jsonl", "prompts: input should be a valid list, got 'one.jsonl'"),
+        ("labels: {zone: 1}", "labels: input should be a valid string, got 1"),
         ("stop: [1]", "stop: input should be a valid string, got 1"),
         ("temperature: -2", "temperature must be a number from 0 to 100, got -2"),
     ],

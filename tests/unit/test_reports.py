@@ -9,6 +9,7 @@ import pytest
 from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.reports import Reporter, Reports
 from tide_ray.data.run_facts import prefix_hit_rate
+from tide_ray.types import UserError
 
 
 def batch(rows: int, tokens: int) -> dict[str, int]:
@@ -22,7 +23,7 @@ def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
     monkeypatch.setattr("tide_ray.data.reports.time.time", lambda: next(clock))
     first, second = (Reporter(str(tmp_path / "reports"), name) for name in ("a", "b"))
     for reporter in (first, second):
-        reporter.engine_started({"model": "demo"}, 4.5)
+        reporter.engine_started({"model": "demo", "device": "cpu", "max_num_seqs": 8}, 4.5, node="n1")
         reporter.rows_arrived(2)
     first.rows_arrived(3)  # later rows do not start the clock again
     first.batch_done(batch(2, 50), {"num_steps": 7, "launches": {"full": 7}}, None, {"peak_rss_bytes": 900})
@@ -36,13 +37,34 @@ def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
         "started": 7, "rows": 5, "errors": 0, "tokens": 120, "depths": 3600, "engines": 2, "seconds": 9.0
     }  # fmt: skip
     assert reports.counters() == {"num_steps": 12, "launches": {"full": 12}}
-    assert reports.engine_facts() == {"model": "demo"}
-    assert reports.final_exits() == [{"boundaries_on": [True]}]
+    assert reports.engine_facts()["model"] == "demo"
+    assert reports.final_exits() == [{"actor": "b", "boundaries_on": [True]}]
+    assert reports.num_actors() == 2
+    common = {"node": "n1", "startup_seconds": 4.5, "device": "cpu", "max_num_seqs": 8}
+    unknown = dict.fromkeys(("device_name", "num_threads", "max_model_len", "num_kv_pages"))
     assert reports.processes() == [
-        {"startup_seconds": 4.5, "peak_rss_bytes": 900},
-        {"startup_seconds": 4.5, "peak_rss_bytes": 800},
+        {"actor": "a", **common, **unknown, "peak_rss_bytes": 900, "rows": 2, "tokens": 50},
+        {"actor": "b", **common, **unknown, "peak_rss_bytes": 800, "rows": 3, "tokens": 70},
     ]
     assert reports.failure() is None
+
+
+def test_an_actor_whose_process_was_replaced_is_one_actor_and_unlike_ones_are_told_apart(tmp_path: Path) -> None:
+    for name, actor, threads in (("1", "x", 4), ("2", "x", 2), ("3", "y", 8), ("4", "never up", 0)):
+        reporter = Reporter(str(tmp_path), name, actor=actor)
+        if threads:
+            reporter.engine_started({"num_threads": threads}, 1.0)
+    reports = Reports(str(tmp_path))
+    assert reports.num_actors() == 2
+    assert [(one["actor"], one["num_threads"]) for one in reports.processes()] == [("x", 4), ("x", 2), ("y", 8)]
+
+
+def test_answers_in_several_dtypes_are_refused(tmp_path: Path) -> None:
+    for name, dtype in (("1", "bfloat16"), ("2", "bfloat16"), ("3", "float16")):
+        Reports(str(tmp_path)).check_dtypes()
+        Reporter(str(tmp_path), name).engine_started({"dtype": dtype}, 1.0)
+    with pytest.raises(UserError, match="dtype: auto is bfloat16 on some nodes, float16 on others; name one"):
+        Reports(str(tmp_path)).check_dtypes()
 
 
 def test_counters_are_the_engines_own_since_its_start_and_are_not_added_up_over_batches(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pages import Page, words
 from tide_ray.analytics import load
 from tide_ray.analytics.report import make_report, print_report, unknown, write_report
 from tide_ray.analytics.savings import savings
-from tide_ray.analytics.tables import overview_table
+from tide_ray.analytics.tables import actors, most_residents, overview_table
 from tide_ray.analytics.vocabulary import token_class
 from tide_ray.types import UserError
 from tiny_models import tiny_tokenizer
@@ -163,6 +163,24 @@ def test_what_cannot_be_told_of_savings_is_said(facts: dict[str, Any], reason: s
     assert found["all_rows"] is None
     assert found["stages"] == []
     assert found["answers"]["saved"] == 2
+
+
+def test_costs_of_one_device_are_not_taken_for_anothers() -> None:
+    facts = run_facts(num_tokens(ROWS))
+    for devices, is_told in ((("cpu", "cpu"), True), (("cpu", "cuda:0"), False)):
+        found = savings({**facts, "actors": [{"device": device} for device in devices]}, {2: 1, 4: 3}, 4)
+        assert (found["time"] is not None) == is_told
+        assert ("unlike devices" in found["why_no_time"]) != is_told
+
+
+def test_actors_are_told_as_they_were_and_their_residents_add_up() -> None:
+    assert actors({"num_actors": 2}) == "2"
+    assert actors({"num_actors": 2, "max_actors": 2, "num_actors_run": 2}) == "2"
+    assert actors({"num_actors": 1, "max_actors": 4, "num_actors_run": 3}) == "1 to 4, 3 ran"
+    assert actors({}) is None
+    assert most_residents({"facts": {"engine": {"max_num_seqs": 8}, "num_actors": 2}}) == 16
+    unlike = [{"actor": name, "max_num_seqs": num} for name, num in (("a", 8), ("a", 4), ("b", 32))]
+    assert most_residents({"facts": {"engine": {"max_num_seqs": 8}, "num_actors": 2, "actors": unlike}}) == 40
 
 
 def test_notes_say_what_an_output_does_not_tell(tmp_path: Path) -> None:

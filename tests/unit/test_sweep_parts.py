@@ -17,7 +17,7 @@ from tide_ray.calibrate.ridge import Sums
 from tide_ray.calibrate.statistics import FitStatistics, FitSums
 from tide_ray.calibrate.sweep_config import Resources, SweepConfig, unique_names
 from tide_ray.calibrate.sweep_folder import MAX_SHARDS, PHASES, ModelFolder, shards
-from tide_ray.calibrate.sweep_nodes import fitting_gpus, has_room, matches
+from tide_ray.calibrate.sweep_nodes import fitting_gpus, has_room
 from tide_ray.cli import app
 
 SETTINGS: dict[str, dict[str, Any]] = {"answers": {"max_tokens": 8}, "fit": {"seed": 0}, "routers": {"rank": None}}
@@ -236,14 +236,6 @@ def test_a_folder_with_something_else_is_not_a_sweep(tmp_path: Path) -> None:
 
 
 # ---- where tasks run ----
-
-
-@pytest.mark.parametrize(
-    ("condition", "is_match"),
-    [("a", True), ("b", False), ("!a", False), ("!b", True), ("in(b, a)", True), ("in(b)", False), ("!in(b,c)", True)],
-)
-def test_label_selectors_are_rays(condition: str, is_match: bool) -> None:
-    assert matches({"zone": "a"}, {"zone": condition}) == is_match
 
 
 def test_what_no_node_has_is_refused_at_once() -> None:

@@ -126,6 +126,7 @@ def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     both = [
         *((name, first.get(name), other.get(name)) for name in CONDITIONS),
         *((name, engine.get(name), other_engine.get(name)) for name in ENGINE_CONDITIONS),
+        ("actors that ran", *(facts.get("num_actors_run", facts.get("num_actors")) for facts in (first, other))),
         ("rows before the last run", first.get("rows_before", 0), other.get("rows_before", 0)),
     ]
     return [f"{name}: {a} and {b}" for name, a, b in both if a != b]

@@ -162,7 +162,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         "boundaries": ", ".join(map(str, exits.get("boundaries") or [])),
         "K/V policy": exits.get("kv_policy"),
         "guarantee": certificate.get("guarantee"),
-        "actors": facts.get("num_actors"),
+        "actors": tables.actors(facts),
         "most residents of an actor": engine.get("max_num_seqs"),
         "started, finished": ", ".join(str(facts[name]) for name in ("started", "finished") if name in facts),
         "tide_ray": facts.get("tide_ray_version"),

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+DEVICE_FACTS = ("device", "device_name", "num_threads")
+"""Of an actor, what makes its costs unlike another's."""
 NO_COSTS = "the run's costs were not measured or not written, so what exits were worth in time is not known"
+UNLIKE = "actors ran on unlike devices, and what one of them measured does not hold for another"
 NOT_IN_TIME = "layers that a mode other than exits skips save launches or nothing, so there is no ceiling"
 
 
@@ -78,6 +81,9 @@ def _time(
     steps = launches.get(stages[0]["name"], 0) if stages else 0
     if costs is None or not steps:
         return None, NO_COSTS
+    devices = [[actor.get(name) for name in DEVICE_FACTS] for actor in facts.get("actors") or []]
+    if any(device != devices[0] for device in devices):
+        return None, UNLIKE
     from tide_ray.engine.cost_model import EngineCosts, expected_rate, limits
 
     curves = EngineCosts.from_json(costs)

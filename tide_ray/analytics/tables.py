@@ -189,9 +189,24 @@ def mean_depth(run: Mapping[str, Any]) -> float:
 
 
 def most_residents(run: Mapping[str, Any]) -> int | None:
-    """Of all actors together; None where the run does not say."""
+    """Of all actors together, were they all there at once; None where the run does not say."""
     engine, num_actors = run["facts"].get("engine") or {}, run["facts"].get("num_actors")
+    of_each: dict[str, int] = {}
+    for process in run["facts"].get("actors") or []:
+        if process.get("max_num_seqs"):  # a process that took another's place may hold fewer
+            actor = process["actor"]
+            of_each[actor] = max(process["max_num_seqs"], of_each.get(actor, 0))
+    if of_each:
+        return sum(of_each.values())
     return engine["max_num_seqs"] * num_actors if num_actors and "max_num_seqs" in engine else None
+
+
+def actors(facts: Mapping[str, Any]) -> str | None:
+    """How many there were, and of how many at most; None where the run does not say."""
+    num, most = facts.get("num_actors"), facts.get("max_actors")
+    if not num or most in (None, num):
+        return str(num) if num else None
+    return f"{num} to {most}, {facts['num_actors_run']} ran"
 
 
 def _residents(run: Mapping[str, Any]) -> str:

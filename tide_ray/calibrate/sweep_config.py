@@ -14,15 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tide_ray.calibrate.config import CalibrationConfig
 from tide_ray.data.job_config import first_problem, validated
+from tide_ray.data.nodes import check_labels
 from tide_ray.types import UserError
 
 MAX_WORKERS = 8
 SWEEP_FILE, PAGE_FILE = "sweep.json", "report.html"
 """Beside the models' folders; no model has these names."""
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
-_WORD = "[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
-_LABEL = re.compile(f"(?:{_WORD}/)?{_WORD}")
-_SELECTOR = re.compile(rf"!?{_WORD}|!?in\({_WORD}(?:, ?{_WORD})*\)")
 
 
 class Resources(BaseModel):
@@ -137,9 +135,7 @@ def _model(where: str, name: str, values: Mapping[str, Any], output: str) -> Swe
     calibration = {field: value for field, value in values.items() if field not in resources}
     try:
         made = Resources.model_validate(resources)
-        for label, value in made.labels.items():
-            if not _LABEL.fullmatch(label) or not _SELECTOR.fullmatch(value):
-                raise UserError(f"labels: expected NAME: VALUE, !VALUE or in(A, B), got {label!r}: {value!r}")
+        check_labels(made.labels)
         return SweepModel(
             name=name, calibration=CalibrationConfig.build({**calibration, "output": output}), resources=made
         )

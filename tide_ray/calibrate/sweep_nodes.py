@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tide_ray.calibrate.sweep_config import Resources
+from tide_ray.data.nodes import matches
 from tide_ray.data.placement import gpus_for
 from tide_ray.types import UserError
 
@@ -42,15 +42,6 @@ def fitting_gpus(number: int, resources: Resources, device: str, nodes: Sequence
         )
         raise UserError(f"models[{number}]: no node has room for one of its tasks, got {asked}")
     return gpus
-
-
-def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Whether a node's labels satisfy Ray's selector: ``VALUE``, ``!VALUE``, ``in(A, B)`` or ``!in(A, B)``."""
-    for name, condition in selector.items():
-        values = re.findall(r"[\w.-]+", condition.removeprefix("!").removeprefix("in("))
-        if (labels.get(name) in values) == condition.startswith("!"):
-            return False
-    return True
 
 
 def has_room(

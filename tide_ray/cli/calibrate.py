@@ -10,7 +10,8 @@ import typer
 from tide_ray.calibrate.config import CalibrationConfig, CertificationConfig, EvaluationConfig
 from tide_ray.calibrate.sweep_config import Resources, SweepConfig, is_sweep
 from tide_ray.cli.errors import errors_as_exit_codes
-from tide_ray.cli.options import COMMAS, REPEAT, flag, label, number, share, split
+from tide_ray.cli.options import COMMAS, LABELS, REPEAT, flag, number, share, split
+from tide_ray.cli.options import labels as parse_labels
 from tide_ray.data.job_config import read_yaml_mapping
 
 app = typer.Typer()
@@ -49,7 +50,7 @@ def calibrate(
     num_gpus: Annotated[float | None, flag(Resources, "num_gpus")] = None,
     num_cpus: Annotated[float | None, flag(Resources, "num_cpus")] = None,
     memory: Annotated[float | None, flag(Resources, "memory")] = None,
-    labels: Annotated[str | None, flag(Resources, "labels", ", NAME=VALUE" + COMMAS)] = None,
+    labels: Annotated[str | None, flag(Resources, "labels", LABELS)] = None,
     max_parallel: Annotated[int | None, flag(SweepConfig, "max_parallel")] = None,
     max_cpus: Annotated[float | None, flag(SweepConfig, "max_cpus")] = None,
     address: Annotated[str | None, flag(SweepConfig, "address")] = None,
@@ -66,7 +67,7 @@ def calibrate(
         if "boundaries" in given:
             given["boundaries"] = [number("boundaries", text) for text in split(given["boundaries"])]
         if "labels" in given:
-            given["labels"] = dict(label(text) for text in split(given["labels"]))
+            given["labels"] = parse_labels(given["labels"])
         values = read_yaml_mapping(path) if path else {}
         models = given.pop("model", [])
         if models:

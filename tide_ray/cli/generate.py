@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from tide_ray.cli.errors import errors_as_exit_codes
-from tide_ray.cli.options import COMMAS, REPEAT, flag, number, number_or_share, split
+from tide_ray.cli.options import COMMAS, LABELS, REPEAT, flag, number, number_or_share, split
+from tide_ray.cli.options import labels as parse_labels
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
 
 app = typer.Typer()
@@ -81,8 +82,11 @@ def generate(
     async_scheduling: Annotated[str | None, _flag("async_scheduling")] = None,
     num_threads: Annotated[int | None, _flag("num_threads")] = None,
     num_actors: Annotated[int | None, _flag("num_actors")] = None,
+    max_actors: Annotated[int | None, _flag("max_actors")] = None,
     num_gpus_per_actor: Annotated[float | None, _flag("num_gpus_per_actor")] = None,
     num_cpus_per_actor: Annotated[float | None, _flag("num_cpus_per_actor")] = None,
+    accelerator_type: Annotated[str | None, _flag("accelerator_type")] = None,
+    labels: Annotated[str | None, _flag("labels", LABELS)] = None,
     wait_for_nodes: Annotated[float | None, _flag("wait_for_nodes")] = None,
     batch_size: Annotated[int | None, _flag("batch_size")] = None,
     drain_seconds: Annotated[float | None, _flag("drain_seconds")] = None,
@@ -110,6 +114,8 @@ def _run(given: dict[str, Any]) -> int:
         given["keep_columns"] = split(given["keep_columns"])
     if "max_errors" in given:
         given["max_errors"] = number_or_share("max_errors", given["max_errors"])
+    if "labels" in given:
+        given["labels"] = parse_labels(given["labels"])
     if "skip_layers" in given:
         given["skip_layers"] = [number("skip_layers", text) for text in split(given["skip_layers"])]
     settings = GenerateJobConfig.build({**(read_yaml_mapping(path) if path else {}), **given})

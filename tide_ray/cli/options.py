@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -11,6 +12,7 @@ from tide_ray.types import UserError
 
 REPEAT = "; may be given several times"
 COMMAS = ", separated by commas"
+LABELS = ", NAME=VALUE" + COMMAS
 
 
 def flag(config: type[BaseModel], field: str, hint: str = "") -> Any:
@@ -31,11 +33,15 @@ def number(name: str, text: str) -> int:
     return int(text)
 
 
-def label(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise UserError(f"labels must be NAME=VALUE separated by commas, got {text!r}")
-    return name.strip(), value.strip()
+def labels(text: str) -> dict[str, str]:
+    """``NAME=VALUE`` separated by commas; those in ``in(A, B)`` separate nothing."""
+    found = {}
+    for part in re.split(r",(?![^(]*\))", text):
+        name, separator, value = part.partition("=")
+        if not separator:
+            raise UserError(f"labels must be NAME=VALUE separated by commas, got {part.strip()!r}")
+        found[name.strip()] = value.strip()
+    return found
 
 
 def number_or_share(name: str, text: str) -> int | float:

@@ -98,6 +98,7 @@ def batch(
     max_disagreement: Annotated[float | None, _job_flag("max_disagreement")] = None,
     num_threads: Annotated[int | None, _job_flag("num_threads")] = None,
     num_actors: Annotated[int | None, _job_flag("num_actors")] = None,
+    max_actors: Annotated[int | None, _job_flag("max_actors")] = None,
     num_gpus_per_actor: Annotated[float | None, _job_flag("num_gpus_per_actor")] = None,
     num_cpus_per_actor: Annotated[float | None, _job_flag("num_cpus_per_actor")] = None,
     batch_size: Annotated[int | None, _job_flag("batch_size")] = None,

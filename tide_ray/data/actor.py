@@ -27,8 +27,10 @@ from tide_ray.data.engine_guard import GuardedEngine
 from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.logs import JobLog
 from tide_ray.data.metrics import MetricsPublisher
+from tide_ray.data.nodes import this_node
+from tide_ray.data.placement import Placement
 from tide_ray.data.prompts import PARAMS_COLUMN, parse_messages, parse_sampling_params
-from tide_ray.data.reports import Reporter, engine_counters
+from tide_ray.data.reports import Reporter, Reports, engine_counters
 from tide_ray.data.result_rows import attach, failed_row, finished_row, given_prompt
 from tide_ray.data.schema import ERROR_COLUMN, EXITS_ON_COLUMN, SHADOW_LOSS_COLUMN
 from tide_ray.data.shadow import DriftGuard, ShadowOptions
@@ -61,6 +63,7 @@ class GeneratorOptions:
         job: names the job in logs and metrics; None: Ray's own id does.
         drain_path: where the job asks for an end; rows that are dropped then are missing from what is yielded.
         step_timeout: seconds after which a step of the engine that has not ended ends the process.
+        placement: gives the engine its share of the node that the actor comes to; None: the engine has all of it.
     """
 
     wraps_strings: bool = False
@@ -76,6 +79,7 @@ class GeneratorOptions:
     job: str | None = None
     drain_path: str | None = None
     step_timeout: float = DEFAULT_STEP_TIMEOUT
+    placement: Placement | None = None
 
 
 class Generator:
@@ -90,9 +94,14 @@ class Generator:
     def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions) -> None:
         self._options = options
         start = time.perf_counter()
-        name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._reporter = Reporter(options.reports_folder, name) if options.reports_folder else None
-        job = options.job or ray.get_runtime_context().get_job_id()
+        context = ray.get_runtime_context()
+        self._reporter: Reporter | None = None
+        if options.reports_folder is not None:
+            name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._reporter = Reporter(options.reports_folder, name, actor=context.get_actor_id())
+        job = options.job or context.get_job_id()
+        if options.placement is not None:
+            config = options.placement.share_of(config, this_node())
         self._log, self._metrics = JobLog(logger, job), MetricsPublisher(job)
         self._drift: DriftGuard | None = None
         try:
@@ -107,16 +116,17 @@ class Generator:
             self._device = self.engine.model.device
             self._has_chat_template = bool(getattr(self.engine.tokenizer, "chat_template", None))
             self._check_options()
+            seconds = time.perf_counter() - start
+            self._log.event("engine started", seconds=round(seconds, 3), engine=facts)
+            if self._reporter is not None:
+                self._reporter.engine_started(facts, seconds, node=context.get_node_id())
+                Reports(str(self._reporter.folder)).check_dtypes()
         except UserError as error:
             self._report_failure(error)
             raise
         self._drift = self._make_drift_guard()
         self._ledger = DeathLedger(options.ledger_folder) if options.ledger_folder else None
         self._drain = Drainable(options.drain_path) if options.drain_path else None
-        seconds = time.perf_counter() - start
-        self._log.event("engine started", seconds=round(seconds, 3), engine=facts)
-        if self._reporter is not None:
-            self._reporter.engine_started(facts, seconds)
 
     @property
     def engine(self) -> TideEngine:

@@ -1,7 +1,8 @@
 """``--dry-run``: what a job would take, without writing anything.
 
 One actor's engine answers a few of the job's rows, evenly spread over its input, in the place that the job's actors
-would have. Rows left and answer lengths are taken to be like those; starting Ray and loading the model are not counted.
+would have. Rows left and answer lengths are taken to be like those, and all actors like the probe's; starting Ray and
+loading the model are not counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +78,13 @@ def _probe_in_place(config: GenerateJobConfig, sample: pa.Table) -> dict[str, An
 
     from tide_ray.data.processor import Processor
 
-    engine, placement = Processor(processor_config(config, batch_size=config.batch_size)).placed()
-    task = ray.remote(num_gpus=placement.num_gpus, num_cpus=placement.num_cpus, max_retries=0)(_probe)
+    processor = Processor(processor_config(config, batch_size=config.batch_size))
+    placement = processor.placed()
+    options = replace(generator_options(config), placement=placement)
+    task = ray.remote(max_retries=0, **processor.ray_options(placement))(_probe)
     try:
-        return ray.get(task.remote(config.model, engine, generator_options(config), sample))
+        probe = ray.get(task.remote(config.model, config.engine_config(), options, sample))
+        return {**probe, "max_actors": placement.max_actors}
     except ray.exceptions.RayTaskError as error:
         kind = UserError if isinstance(error.cause, UserError) else JobError
         raise kind(f"the probe failed: {one_line(error.cause)}") from None
@@ -119,21 +124,25 @@ def _probe(model: str, engine_config: EngineConfig, options: GeneratorOptions, s
 
 def _estimates(config: GenerateJobConfig, probe: dict[str, Any], num_rows: int) -> list[tuple[str, str]]:
     share = num_rows / probe["rows"]
-    hours = probe["seconds"] * share / config.num_actors / 3600
+    hours = probe["seconds"] * share / 3600
+    few, most = config.num_actors, probe["max_actors"]
+    time_taken = f"about {_duration(hours / few)}"
+    if most > few:
+        time_taken += f", {_duration(hours / most)} once all {most} actors are there"
     lines = [
         ("rejected in the probe", f"{probe['rejected']} of {probe['rows']}"),
         ("prompt tokens", f"about {probe['input_tokens'] * share:,.0f}"),
         ("answer tokens", f"about {probe['answer_tokens'] * share:,.0f}"),
-        ("actors", f"{config.num_actors} on {probe['device']}"),
+        ("actors", f"{few}{f' to {most}' if most > few else ''} on {probe['device']}"),
         ("resident sequences", f"{probe['max_num_seqs']} of {probe['max_model_len']:,} tokens at most"),
         ("K/V memory of an actor", f"{probe['kv_bytes'] / 2**20:,.0f} MiB"),
         ("peak memory of the probe", f"{probe['peak_rss_bytes'] / 2**20:,.0f} MiB"),
-        ("expected time", f"about {_duration(hours)}"),
+        ("expected time", time_taken),
     ]
     if "peak_device_bytes" in probe:
         lines.insert(-1, ("on the device", f"{probe['peak_device_bytes'] / 2**20:,.0f} MiB"))
-    if config.hourly_cost is not None:
-        lines.append(("expected cost", f"about {hours * config.num_actors * config.hourly_cost:,.2f}"))
+    if config.hourly_cost is not None:  # the same for any number of actors
+        lines.append(("expected cost", f"about {hours * config.hourly_cost:,.2f}"))
     return lines
 
 

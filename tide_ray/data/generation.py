@@ -153,6 +153,8 @@ class Generation:
             "counters": counters,
             "prefix_hit_rate": prefix_hit_rate(counters),
             "num_actors": self.config.num_actors,
+            "max_actors": self.config.most_actors,
+            "num_actors_run": self.reports.num_actors(),
             "wall_seconds": round(wall_seconds, 3),
             "generation_seconds": round(seconds, 3),
             "started_rows": totals["started"],
@@ -170,8 +172,7 @@ class Generation:
 
         config = self.config
         # Few rows must still reach every actor, whichever of them is up first.
-        batch_size = min(config.batch_size, -(-num_left // config.num_actors))
-        num_batches = -(-num_left // batch_size)
+        batch_size = min(config.batch_size, -(-num_left // config.most_actors))
         drain_path = self._drain_request.path
         options = generator_options(
             config,
@@ -183,7 +184,7 @@ class Generation:
         processor = Processor(
             processor_config(config, batch_size=batch_size),
             options=options,
-            max_batches_per_actor=-(-num_batches // config.num_actors),
+            num_rows=num_left,
             generator=self.generator or Generator,
         )
         sink = ParquetSink(
@@ -209,7 +210,9 @@ def processor_config(config: GenerateJobConfig, *, batch_size: int) -> TideProce
         model_source=config.model,
         engine_kwargs=dataclasses.asdict(config.engine_config()),
         batch_size=batch_size,
-        concurrency=config.num_actors,
+        concurrency=(config.num_actors, config.most_actors),
+        accelerator_type=config.accelerator_type,
+        labels=config.labels,
         should_continue_on_error=True,
         num_gpus_per_actor=config.num_gpus_per_actor,
         num_cpus_per_actor=config.num_cpus_per_actor,
@@ -244,13 +247,13 @@ def generator_options(
 
 
 def _shadow(config: GenerateJobConfig) -> ShadowOptions | None:
-    """How actors watch for drift, or None. Each has a test of its own, together they keep to one delta."""
+    """How actors watch for drift, or None. Each has a test of its own; as many as there may be keep to one delta."""
     from tide_ray.data.shadow import ShadowOptions
 
     if config.shadow is None or config.max_disagreement is None or config.exits is None:
         return None
     certificate = pick(read_certificates(config.exits), config.max_disagreement, config.certified_loss)
-    return ShadowOptions(share=config.shadow, seed=config.seed or 0, delta=certificate.delta / config.num_actors)
+    return ShadowOptions(share=config.shadow, seed=config.seed or 0, delta=certificate.delta / config.most_actors)
 
 
 _CAUSE = re.compile(r"(?!ray\.)(\w+\.)*\w*(Error|Exception): \S")

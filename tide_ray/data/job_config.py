@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tide_ray.config import EngineConfig
+from tide_ray.data.nodes import check_labels
 from tide_ray.data.storage import storage_path
 from tide_ray.messages import one_line
 from tide_ray.types import SamplingParams, UserError
@@ -126,8 +127,15 @@ class GenerateJobConfig(BaseModel):
     num_threads: int | None = Field(default=None, description="CPU threads per actor")
 
     num_actors: int = Field(default=1, ge=1, description="engines, one Ray actor each")
+    max_actors: int | None = Field(
+        default=None, ge=1, description="more actors join, up to this many, while rows wait and the cluster has room"
+    )
     num_gpus_per_actor: float | None = Field(default=None, ge=0, description="GPUs per actor")
     num_cpus_per_actor: float | None = Field(default=None, ge=0, description="CPUs that Ray sets aside per actor")
+    accelerator_type: str | None = Field(
+        default=None, min_length=1, description="Ray accelerator type that actors' nodes must have, such as A100"
+    )
+    labels: dict[str, str] = Field(default_factory=dict, description="labels that actors' nodes must have")
     wait_for_nodes: float = Field(
         default=0.0, ge=0, description="seconds for an autoscaler to make room for the actors"
     )
@@ -153,6 +161,9 @@ class GenerateJobConfig(BaseModel):
         config = validated(cls, values)
         config.sampling_params()
         config.engine_config()
+        if config.max_actors is not None and config.max_actors < config.num_actors:
+            raise UserError(f"max_actors must be at least num_actors, {config.num_actors}, got {config.max_actors}")
+        check_labels(config.labels)
         if config.raw and config.system_prompt is not None:
             raise UserError("system_prompt needs the chat template, got raw=True")
         if config.shadow is not None:
@@ -179,6 +190,11 @@ class GenerateJobConfig(BaseModel):
             UserError: the file is missing or not such a mapping, or ``build`` refuses the values.
         """
         return cls.build({**read_yaml_mapping(path), **(overrides or {})})
+
+    @property
+    def most_actors(self) -> int:
+        """How many actors there may be at once."""
+        return self.max_actors or self.num_actors
 
     def most_errors(self, num_rows: int) -> int | None:
         """How many of ``num_rows`` rows may be rejected; None for any number."""

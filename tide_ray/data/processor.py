@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,7 +18,8 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from tide_ray.config import EngineConfig
 from tide_ray.data.actor import Generator, GeneratorOptions
-from tide_ray.data.placement import Placement, live_nodes, plan_placement, wait_for_placement
+from tide_ray.data.nodes import ACCELERATOR_PREFIX, ACCELERATOR_SHARE, check_labels, live_nodes
+from tide_ray.data.placement import Placement, plan_placement, wait_for_placement
 from tide_ray.types import UserError
 
 RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
@@ -38,6 +41,7 @@ class TideProcessorConfig(BaseModel):
         default=1, description="actors: a number, or (min, max) to scale between"
     )
     accelerator_type: str | None = Field(default=None, description="Ray accelerator type that actors need")
+    labels: dict[str, str] = Field(default_factory=dict, description="labels that an actor's node must have")
     runtime_env: dict[str, Any] | None = Field(default=None, description="Ray runtime environment of the actors")
     max_concurrent_batches: int | None = Field(
         default=None, ge=1, description="batches in one actor at a time; None keeps the engine full behind slow rows"
@@ -64,10 +68,21 @@ class TideProcessorConfig(BaseModel):
             raise UserError(f"concurrency must be a positive number or (min, max), got {value!r}")
         return value
 
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
+        check_labels(value)
+        return value
+
     @property
     def num_actors(self) -> int:
         """Actors that must be able to run at once."""
         return self.concurrency if isinstance(self.concurrency, int) else self.concurrency[0]
+
+    @property
+    def max_actors(self) -> int:
+        """The most actors that may run at once."""
+        return self.concurrency if isinstance(self.concurrency, int) else self.concurrency[1]
 
 
 def make_engine_config(engine_kwargs: Mapping[str, Any]) -> EngineConfig:
@@ -79,14 +94,34 @@ def make_engine_config(engine_kwargs: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(**engine_kwargs)
 
 
-def concurrent_batches(batch_size: int, max_num_seqs: int | None) -> int:
-    """Batches one actor runs at a time so that its engine stays full.
+def concurrent_batches(
+    batch_size: int,
+    max_num_seqs: int | None,
+    *,
+    num_rows: int | None = None,
+    num_actors: int = 1,
+    max_actors: int | None = None,
+) -> int:
+    """Batches one actor runs at a time so that its engine stays full, and others get theirs.
 
     A batch is only over when its slowest row is, and its finished rows occupy no resident meanwhile; four rows in
     flight per resident keep residents busy with answers up to four times longer than the mean.
+
+    Args:
+        batch_size: rows in each.
+        max_num_seqs: the engine's residents; None: not known.
+        num_rows: of the whole data set, if that is known: no actor takes more than its part of them.
+        num_actors, max_actors: how many share them. Ray lets a pool grow once all its actors are busy and batches wait;
+            so an actor of one that can grow leaves what more actors could do, yet takes enough to fill its residents,
+            as they may never come.
     """
-    rows = ROWS_IN_FLIGHT_PER_RESIDENT * (max_num_seqs or USUAL_RESIDENTS)
-    return min(max(2, -(-rows // batch_size)), MAX_CONCURRENT_BATCHES)
+    residents = max_num_seqs or USUAL_RESIDENTS
+    batches = min(max(2, -(-ROWS_IN_FLIGHT_PER_RESIDENT * residents // batch_size)), MAX_CONCURRENT_BATCHES)
+    if num_rows is None:
+        return batches
+    most = max_actors or num_actors
+    part = -(-num_rows // (batch_size * most))
+    return min(batches, part if most == num_actors else max(part, -(-residents // batch_size)))
 
 
 class Processor:
@@ -99,7 +134,7 @@ class Processor:
         postprocess: RowFunction | None = None,
         *,
         options: GeneratorOptions | None = None,
-        max_batches_per_actor: int | None = None,
+        num_rows: int | None = None,
         generator: type[Generator] = Generator,
     ) -> None:
         self.config = config
@@ -108,7 +143,7 @@ class Processor:
         self._options = options or GeneratorOptions(
             apply_chat_template=config.apply_chat_template, continues_on_error=config.should_continue_on_error
         )
-        self._max_batches = max_batches_per_actor or MAX_CONCURRENT_BATCHES
+        self._num_rows = num_rows
         self._generator = generator
 
     def __call__(self, dataset: Dataset) -> Dataset:
@@ -118,65 +153,84 @@ class Processor:
         dataset = self._generate(dataset)
         return dataset if self._postprocess is None else dataset.map(self._postprocess)
 
-    def placed(self) -> tuple[EngineConfig, Placement]:
-        """The engine of each actor and its resources. Raises UserError if the cluster cannot place the actors."""
+    def placed(self) -> Placement:
+        """Where actors go. Raises UserError if the cluster cannot place them."""
         if not ray.is_initialized():
             ray.init()
         config = self.config
-        engine = make_engine_config(config.engine_kwargs)
+        device = make_engine_config(config.engine_kwargs).device
+        has_chosen = bool(config.labels) or config.accelerator_type is not None
 
         def plan() -> Placement:
             return plan_placement(
-                live_nodes(ray.nodes()),
+                live_nodes(ray.nodes(), config.labels, config.accelerator_type),
                 num_actors=config.num_actors,
-                device=engine.device,
+                max_actors=config.max_actors,
+                device=device,
                 num_gpus=config.num_gpus_per_actor,
                 num_cpus=config.num_cpus_per_actor,
+                where="the nodes asked for have" if has_chosen else "the cluster has",
             )
 
         if not config.wait_for_nodes_s:
-            placement = plan()
-        else:
-            amounts = {"GPU": config.num_gpus_per_actor, "CPU": config.num_cpus_per_actor}
-            each = {name: amount for name, amount in amounts.items() if amount} or {"CPU": 1.0}
-            placement = wait_for_placement(plan, _ask_autoscaler, [each] * config.num_actors, config.wait_for_nodes_s)
-        return _on_this_node(engine, placement), placement
+            return plan()
+        amounts = {"GPU": config.num_gpus_per_actor, "CPU": config.num_cpus_per_actor}
+        each = {name: amount for name, amount in amounts.items() if amount} or {"CPU": 1.0}
+        if config.accelerator_type is not None:
+            each[ACCELERATOR_PREFIX + config.accelerator_type] = ACCELERATOR_SHARE
+        ask = partial(_ask_autoscaler, labels=config.labels)
+        return wait_for_placement(plan, ask, [each] * config.num_actors, config.wait_for_nodes_s)
+
+    def ray_options(self, placement: Placement) -> dict[str, Any]:
+        """What a task or an actor takes that runs an engine as ``placement`` has it: resources, and where they are."""
+        chosen = {"accelerator_type": self.config.accelerator_type, "label_selector": self.config.labels or None}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return {"num_gpus": placement.num_gpus or None, "num_cpus": placement.num_cpus, **given}
 
     def _generate(self, dataset: Dataset) -> Dataset:
         config = self.config
-        engine, placement = self.placed()
-        batches = config.max_concurrent_batches or concurrent_batches(config.batch_size, engine.max_num_seqs)
-        batches = min(batches, self._max_batches)
-        low, high = (config.concurrency,) * 2 if isinstance(config.concurrency, int) else config.concurrency
+        engine = make_engine_config(config.engine_kwargs)
+        placement = self.placed()
+        batches = config.max_concurrent_batches or concurrent_batches(
+            config.batch_size,
+            engine.max_num_seqs,
+            num_rows=self._num_rows,
+            num_actors=config.num_actors,
+            max_actors=placement.max_actors,
+        )
         # A block is what Ray retries and hands out, so it is made as large as a batch whatever the input's layout was.
-        return dataset.repartition(target_num_rows_per_block=config.batch_size).map_batches(
+        dataset = dataset.repartition(target_num_rows_per_block=config.batch_size)
+        if placement.max_actors > config.num_actors:
+            # Ray's own threshold, 1.75 batches for each that an actor can run, is never reached where none wait in it.
+            scaling = dataset.context.autoscaling_config
+            dataset.context.autoscaling_config = replace(scaling, actor_pool_util_upscaling_threshold=1.0)
+        return dataset.map_batches(
             self._generator,
             fn_constructor_kwargs={
                 "model": config.model_source,
                 "config": engine,
-                "options": self._options,
+                "options": replace(self._options, placement=placement),
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
-                min_size=low,
-                max_size=high,
+                min_size=config.num_actors,
+                max_size=placement.max_actors,
                 max_concurrent_calls_per_actor=batches,
                 # Rows already queue inside the actor; more tasks waiting there would only be missing elsewhere.
                 max_tasks_in_flight_per_actor=batches,
             ),
-            num_gpus=placement.num_gpus or None,
-            num_cpus=placement.num_cpus,
-            accelerator_type=config.accelerator_type,
             runtime_env=config.runtime_env,
             udf_modifying_row_count=False,
+            **self.ray_options(placement),
         )
 
 
-def _ask_autoscaler(bundles: Sequence[Mapping[str, float]]) -> None:
+def _ask_autoscaler(bundles: Sequence[Mapping[str, float]], *, labels: Mapping[str, str]) -> None:
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[dict(bundle) for bundle in bundles])
+    selectors = [dict(labels) for _ in bundles] if labels else None
+    request_resources(bundles=[dict(bundle) for bundle in bundles], bundle_label_selectors=selectors)
 
 
 def build_processor(
@@ -190,11 +244,3 @@ def build_processor(
         postprocess: a generated row to the row to keep; rejected rows go through it too and have the same columns.
     """
     return Processor(config, preprocess, postprocess)
-
-
-def _on_this_node(engine: EngineConfig, placement: Placement) -> EngineConfig:
-    """The engine's share of a node. Ray would give it as many threads as CPUs it set aside, for a GPU actor one."""
-    share = engine.kv_memory_fraction if placement.num_gpus else engine.kv_memory_fraction / placement.actors_per_node
-    return dataclasses.replace(
-        engine, num_threads=engine.num_threads or placement.num_threads, kv_memory_fraction=share
-    )

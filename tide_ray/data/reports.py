@@ -15,8 +15,10 @@ from typing import Any
 
 from tide_ray.data.reading import TextFolder
 from tide_ray.data.storage import join_attempt, replace_text, storage_path
-from tide_ray.types import EngineStats
+from tide_ray.types import EngineStats, UserError
 
+OF_ITS_NODE = ("device", "device_name", "num_threads", "max_num_seqs", "max_model_len", "num_kv_pages")
+"""Facts of an engine that follow from the node that it runs on."""
 TOTALS = ("started", "rows", "errors", "tokens", "depths")
 COUNTERS = (
     "rows_through_layer", "num_prompt_tokens", "num_cached_tokens", "num_steps", "num_preemptions", "launches",
@@ -30,19 +32,23 @@ class Reporter:
 
     Args:
         folder: made in the attempt's folder if need be; removed with it.
-        name: unique among the job's actors, restarted ones included.
+        name: unique among the processes of the job's actors.
+        actor: Ray's id of the actor, which it keeps when its process is replaced; None: ``name``.
     """
 
-    def __init__(self, folder: str, name: str) -> None:
+    def __init__(self, folder: str, name: str, actor: str | None = None) -> None:
         self.folder = storage_path(folder, "output")
         self._path = self.folder / f"{name}.json"
         join_attempt(self.folder)
-        self._report: dict[str, Any] = {"totals": dict.fromkeys(TOTALS, 0)}
+        self._report: dict[str, Any] = {"actor": actor or name, "totals": dict.fromkeys(TOTALS, 0)}
         self._lock = threading.RLock()
 
-    def engine_started(self, facts: dict[str, Any], seconds: float) -> None:
-        """``facts``: what the engine says of itself; ``seconds``: what loading it and warming it up took."""
-        self._write(engine=facts, process={"startup_seconds": round(seconds, 3)})
+    def engine_started(self, facts: dict[str, Any], seconds: float, node: str | None = None) -> None:
+        """``facts``: what the engine says of itself; ``seconds``: what loading it and warming it up took.
+
+        ``node``: Ray's id of the node that it runs on.
+        """
+        self._write(engine=facts, process={"node": node, "startup_seconds": round(seconds, 3)})
 
     def engine_changed(self, facts: dict[str, Any]) -> None:
         """Another engine has taken the place of the one that started."""
@@ -113,21 +119,55 @@ class Reports:
         message, is_user_error = min(failed, key=lambda report: report["failed_at"])["failure"]
         return message, is_user_error
 
+    def engines(self) -> list[dict[str, Any]]:
+        """What each engine said of itself as it started."""
+        return [report["engine"] for report in self._read() if "engine" in report]
+
     def engine_facts(self) -> dict[str, Any]:
-        """What an engine said of itself as it started; all engines of a job are alike."""
-        return next((report["engine"] for report in self._read() if "engine" in report), {})
+        """Those of one engine. Others differ in OF_ITS_NODE, which ``processes`` has of each, and in costs."""
+        return next(iter(self.engines()), {})
+
+    def check_dtypes(self) -> None:
+        """Refuse answers in several dtypes: ``auto`` takes what suits a device, and actors' devices may differ.
+
+        Raises:
+            UserError: the engines so far have several.
+        """
+        found = sorted({str(facts.get("dtype")) for facts in self.engines()})
+        if len(found) > 1:
+            raise UserError(
+                f"dtype: auto is {' on some nodes, '.join(found)} on others; name one, or ask for like nodes by labels "
+                "or accelerator_type"
+            )
+
+    def num_actors(self) -> int:
+        """Actors whose engines started; one whose process was replaced counts once."""
+        return len({report["actor"] for report in self._read() if "engine" in report})
 
     def final_exits(self) -> list[dict[str, Any]]:
         """What each engine's launch planner had come to at its last batch; empty without exits."""
-        return [report["exits"] for report in self._read() if report.get("exits")]
+        return self._of_each("exits")
 
     def drift(self) -> list[dict[str, Any]]:
         """What each actor's drift guard had found at its last batch; empty without."""
-        return [report["drift"] for report in self._read() if report.get("drift")]
+        return self._of_each("drift")
 
     def processes(self) -> list[dict[str, Any]]:
-        """How long each actor's engine took to start, and the most memory the actor has held."""
-        return [report["process"] for report in self._read() if "process" in report]
+        """Of each actor's process: where it ran and with what, how long it took to start, its peak memory, its work."""
+        return [
+            {
+                "actor": report["actor"],
+                **report["process"],
+                **{name: report["engine"].get(name) for name in OF_ITS_NODE},
+                **{name: report["totals"][name] for name in ("rows", "tokens")},
+            }
+            for report in self._read()
+            if "process" in report and "engine" in report
+        ]
+
+    def _of_each(self, what: str) -> list[dict[str, Any]]:
+        """What each process reports under a name, with its actor, by which ``processes`` tells where it ran."""
+        return [{"actor": report["actor"], **report[what]} for report in self._read() if report.get(what)]
 
     def counters(self) -> dict[str, Any]:
         """The engines' counters, summed."""

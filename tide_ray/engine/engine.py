@@ -274,6 +274,7 @@ class TideEngine:
             "model_fingerprint": self.model.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
+            "device_name": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else None,
             "mode": config.mode,
             "policy": "router" if self.routers is not None and config.policy == "auto" else config.resolved_policy,
             "exits": self.describe_exits(),

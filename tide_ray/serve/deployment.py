@@ -17,7 +17,8 @@ from ray.serve._private.constants import SERVE_LOGGER_NAME
 from ray.serve.handle import DeploymentHandle
 
 from tide_ray.data.metrics import MetricsPublisher
-from tide_ray.data.placement import live_nodes, plan_placement
+from tide_ray.data.nodes import live_nodes
+from tide_ray.data.placement import plan_placement
 from tide_ray.serve.app import Server
 from tide_ray.serve.backend import Limits, ModelFacts
 from tide_ray.serve.calls import Call
@@ -161,12 +162,14 @@ def _model_application(config: LLMConfig, limits: Limits, num_replicas: int) -> 
     actor = dict(given.pop("ray_actor_options", {}))
     # What is asked for may be on nodes that an autoscaler has still to bring; what is not is planned on those there.
     if not {"num_cpus", "num_gpus"} & set(actor) and ray.is_initialized():
-        placement = plan_placement(live_nodes(ray.nodes()), num_actors=num_replicas, device=engine.device)
+        nodes = live_nodes(ray.nodes())
+        placement = plan_placement(nodes, num_actors=num_replicas, device=engine.device)
         actor |= {"num_gpus": placement.num_gpus, "num_cpus": placement.num_cpus}
-        # Ray would give an engine as many threads as CPUs were set aside for it, which on a GPU's node are none.
-        shared: dict[str, Any] = {"num_threads": engine.num_threads or placement.num_threads}
-        if not placement.num_gpus:
-            shared["kv_memory_fraction"] = engine.kv_memory_fraction / placement.actors_per_node
+        # Ray would give an engine as many threads as CPUs were set aside for it, which on a GPU's node are none. Which
+        # node a replica comes to is not known here.
+        shares = [placement.share_of(engine, node) for node in nodes if node.get("CPU", 0) >= 1]
+        names = ("num_threads", "kv_memory_fraction") if shares else ()
+        shared = {name: min(getattr(share, name) for share in shares) for name in names}
         config = config.model_copy(update={"engine_kwargs": {**config.engine_kwargs, **shared}})
     if config.accelerator_type is not None:
         actor["accelerator_type"] = config.accelerator_type
