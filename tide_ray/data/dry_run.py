@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tide_ray.data.cluster import connected, quiet_ray
-from tide_ray.data.generation import default_rows_per_part, generator_options, processor_config
+from tide_ray.data.generation import default_rows_per_part, generator_options, processor_config, rows_per_batch
 from tide_ray.data.identity import model_identity
 from tide_ray.data.job_config import GenerateJobConfig
 from tide_ray.data.schema import ERROR_COLUMN
@@ -48,12 +48,13 @@ def run_dry(config: GenerateJobConfig, console: Console) -> int:
         sample = _evenly_spread(folder, snapshot.num_rows - snapshot.num_bad_rows)
     with connected(config.address, is_verbose=config.verbose), quiet_ray(is_verbose=config.verbose):
         probe = _probe_in_place(config, sample) if sample.num_rows else None
-    rows_per_part = config.rows_per_part or default_rows_per_part(snapshot.num_rows, config.batch_size)
+    batch_size = rows_per_batch(config, snapshot.num_rows)
+    rows_per_part = config.rows_per_part or default_rows_per_part(snapshot.num_rows, batch_size)
     table = Table(show_header=False, title="tide-ray generate --dry-run", title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("rows", f"{snapshot.num_rows:,}, {snapshot.num_bad_rows:,} of them unusable")
-    table.add_row("blocks", f"{-(-snapshot.num_rows // config.batch_size):,} of {config.batch_size} rows")
+    table.add_row("blocks", f"{-(-snapshot.num_rows // batch_size):,} of {batch_size} rows")
     table.add_row("parts", f"about {-(-snapshot.num_rows // rows_per_part):,}")
     if probe is not None:
         for name, text in _estimates(config, probe, snapshot.num_rows - snapshot.num_bad_rows):
@@ -78,7 +79,7 @@ def _probe_in_place(config: GenerateJobConfig, sample: pa.Table) -> dict[str, An
 
     from tide_ray.data.processor import Processor
 
-    processor = Processor(processor_config(config, batch_size=config.batch_size))
+    processor = Processor(processor_config(config, batch_size=rows_per_batch(config, sample.num_rows)))
     placement = processor.placed()
     options = replace(generator_options(config), placement=placement)
     task = ray.remote(max_retries=0, **processor.ray_options(placement))(_probe)

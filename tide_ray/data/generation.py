@@ -35,11 +35,21 @@ if TYPE_CHECKING:
     from tide_ray.data.processor import TideProcessorConfig
     from tide_ray.data.shadow import ShadowOptions
 
+MIN_BATCH_SIZE, MAX_BATCH_SIZE = 32, 128
+"""Larger batches hold finished rows back behind slow ones, see ``processor.concurrent_batches``."""
+BATCHES_PER_JOB = 4096
+"""The driver keeps 16 kB and more for every batch that Ray Data has run."""
 MAX_ROWS_PER_PART = 4096
 PARTS_PER_JOB = 50
 ERROR_POLL_SECONDS = 1.0
 WRITE_SECONDS = 20.0
 """After a drain, how long what is finished may take to be written before the job ends all the same."""
+
+
+def rows_per_batch(config: GenerateJobConfig, num_rows: int) -> int:
+    """As the job says, else more where rows are many; few rows must still reach every actor, whichever is up first."""
+    wanted = config.batch_size or min(max(MIN_BATCH_SIZE, num_rows // BATCHES_PER_JOB), MAX_BATCH_SIZE)
+    return max(1, min(wanted, -(-num_rows // config.most_actors)))
 
 
 def default_rows_per_part(num_rows: int, batch_size: int) -> int:
@@ -171,8 +181,7 @@ class Generation:
         from tide_ray.data.sink import ParquetSink
 
         config = self.config
-        # Few rows must still reach every actor, whichever of them is up first.
-        batch_size = min(config.batch_size, -(-num_left // config.most_actors))
+        batch_size = rows_per_batch(config, num_left)
         drain_path = self._drain_request.path
         options = generator_options(
             config,

@@ -139,7 +139,9 @@ class GenerateJobConfig(BaseModel):
     wait_for_nodes: float = Field(
         default=0.0, ge=0, description="seconds for an autoscaler to make room for the actors"
     )
-    batch_size: int = Field(default=32, ge=1, description="rows per Ray Data batch and block")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="rows per Ray Data batch and block; default: 32, up to 128 where rows are many"
+    )
     address: str | None = Field(default=None, description="Ray cluster address")
     rejected_rows_ok: bool = Field(default=False, description="exit code 0, not 3, where rows were rejected")
     drain_seconds: float = Field(
