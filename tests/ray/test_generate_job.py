@@ -9,6 +9,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data import DataContext
 
 from tide_ray.config import EngineConfig
 from tide_ray.data.schema import ERROR_SCHEMA, OUTPUT_SCHEMA
@@ -18,7 +19,9 @@ from tide_ray.types import SamplingParams
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
 
 
-def test_two_actors_answer_every_row_once_as_the_bare_engine_does(job: Any) -> None:
+def test_two_actors_answer_every_row_once_as_the_bare_engine_does(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine the first actor could have answered every row before the second one is up.
+    monkeypatch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 120)
     code, printed = job.run(num_actors=2, num_gpus_per_actor=1, keep_columns=["label"])
     assert code == 0
     order = {row["row_id"]: row["row_index"] for row in job.rows("_input")}
