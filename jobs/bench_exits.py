@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,6 @@ class Variant:
 
     name: str
     options: dict[str, Any]
-    rates: list[float] = field(default_factory=list)  # tokens per second, by round
-
-    def answer(self, engine: TideEngine, prompts: list[list[int]], max_tokens: int) -> None:
-        start = time.perf_counter()
-        outputs = answer(engine, prompts, max_tokens)
-        self.rates.append(sum(map(len, outputs)) / (time.perf_counter() - start))
 
 
 def run_exits(
@@ -80,18 +74,20 @@ def run_exits(
     ]
     full = TideEngine(loaded, EngineConfig(**settings))
     engines = [TideEngine(loaded, EngineConfig(**settings, exits=checkpoint, **v.options)) for v in variants]
-    base, base_again = Variant("full depth", {}), Variant(AGAIN, {})
-    everyone = [(base, full), *zip(variants, engines, strict=True), (base_again, full)]
+    exiting = [Contender(variant.name, engine) for variant, engine in zip(variants, engines, strict=True)]
+    everyone = [Contender("full depth", full), *exiting, Contender(AGAIN, full)]
+    base = everyone[0], everyone[-1]
     answers = answer(full, prompts, workload.max_tokens)
     for number in range(rounds):
-        for variant, engine in everyone if number % 2 == 0 else reversed(everyone):
-            variant.answer(engine, prompts, workload.max_tokens)
-    full_rates = [statistics.fmean(rates) for rates in zip(base.rates, base_again.rates, strict=True)]
+        for one in everyone if number % 2 == 0 else reversed(everyone):
+            start = time.perf_counter()
+            outputs = answer(one.engine, prompts, workload.max_tokens)
+            one.rates.append(sum(map(len, outputs)) / (time.perf_counter() - start))
     again = follow(TideEngine(loaded, EngineConfig(**{**settings, "max_num_seqs": 24})), prompts, answers)
-    rows = [_speed(base, full_rates), {**_speed(base_again, full_rates), "teacher_forced": _agreement(again)}]
-    for variant, engine in zip(variants, engines, strict=True):
+    rows = [_speed(base[0], base), {**_speed(base[1], base), "teacher_forced": _agreement(again)}]
+    for variant, one in zip(variants, exiting, strict=True):
         quality = _quality(loaded, settings, checkpoint, variant, prompts, answers, workload.max_tokens)
-        rows.append(_row(variant, full_rates, quality, engine))
+        rows.append(_row(one, base, quality))
     speeds = [
         _at_residents(full, engines[: len(errors)], variants, prompts, count, rounds, min_seconds)
         for count in residents
@@ -146,21 +142,19 @@ def _agreement(same: Sequence[Sequence[bool]]) -> list[float]:
     return [round(share, 4) for share in interval([float(np.mean(one)) for one in judged], list(map(len, judged)))]
 
 
-def _speed(variant: Variant, full_rates: Sequence[float]) -> dict[str, Any]:
-    """Median rate, and median ratio to full depth's in the same round."""
-    ratios = [rate / full for rate, full in zip(variant.rates, full_rates, strict=True)]
+def _speed(one: Contender, base: Sequence[Contender]) -> dict[str, Any]:
     return {
-        "name": variant.name,
-        "tokens_per_second": round(statistics.median(variant.rates), 1),
-        "speedup": round(statistics.median(ratios), 3),
+        "name": one.name,
+        "tokens_per_second": round(one.rate, 1),
+        "speedup": round(one.speedup(base), 3),
     }
 
 
-def _row(variant: Variant, full_rates: Sequence[float], quality: dict[str, Any], engine: TideEngine) -> dict[str, Any]:
-    described = engine.describe()["exits"]
+def _row(one: Contender, base: Sequence[Contender], quality: dict[str, Any]) -> dict[str, Any]:
+    described = one.engine.describe()["exits"]
     return {
-        **_speed(variant, full_rates),
-        "ceiling_in_layers": round(engine.num_layers / quality["mean_depth"], 3),
+        **_speed(one, base),
+        "ceiling_in_layers": round(one.engine.num_layers / quality["mean_depth"], 3),
         **quality,
         "boundaries_on": described["boundaries_on"],
         "exit_shares": described["exit_shares"],
