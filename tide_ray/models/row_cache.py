@@ -6,6 +6,7 @@ Layers call the function that is registered here with transformers' attention in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def attention_scale(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
-class RowCache(Cache):
+class RowCache(Cache, ABC):
     """What a layer is given in place of a key/value cache: it stores the rows' K/V and attends for them.
 
     Being a transformers ``Cache`` only satisfies type checks in modelling code; no K/V passes through its base class.
@@ -39,17 +40,17 @@ class RowCache(Cache):
         """No past as far as the model's own code is concerned: positions are always given."""
         return 0
 
+    @abstractmethod
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store K/V ``[1, H_kv, N, d]`` of the rows for one layer and return them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
     ) -> Tensor:
         """Attention of the rows over their sequences in the layer stored last: ``[1, H, N, d]`` -> ``[1, N, H, d]``."""
-        raise NotImplementedError
 
     def decode_places(self, layers: Sequence[int]) -> Places | None:
         """Where ``update`` and ``attend`` of layers would write and read, when all rows attend row by row to pages."""
