@@ -78,6 +78,10 @@ def test_a_loss_outside_its_range_is_refused(loss: float) -> None:
         ({"shadow": 1.5, "exits": "r", "max_disagreement": 0.1}, r"shadow must be in \(0, 1\], got 1.5"),
         ({"shadow": 0.0, "exits": "r", "max_disagreement": 0.1}, r"shadow must be in \(0, 1\], got 0.0"),
         ({"shadow": 0.1, "exits": "r"}, "shadow needs max_disagreement, a certified bound to watch, got 0.1"),
+        (
+            {"shadow": 0.1, "exits": "r", "max_disagreement": 0.1, "length_column": "n"},
+            "length_column must not be given with shadow, got 'n'",
+        ),
     ],
 )
 def test_a_share_that_cannot_be_shadowed_is_refused(values: dict[str, Any], message: str) -> None:

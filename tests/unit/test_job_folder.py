@@ -38,6 +38,20 @@ def test_a_second_attempt_has_only_the_uncommitted_rows_to_do(tmp_path: Path, pr
     assert len(list((again.path / "errors").iterdir())) == 1
 
 
+def test_rows_with_the_longest_answers_come_first_where_lengths_are_known(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{i}", "n": {n}}}\n' for i, n in enumerate(["3", "9", "null", "3", "5"])))
+    folder, _ = start(tmp_path / "out", prompts, length_column="n")
+    ids = all_ids(folder)
+    given, _ = folder.write_todo(folder.committed())
+    assert pq.read_table(given)["row_id"].to_pylist() == ids
+    folder.clear_uncommitted()
+    again, _ = start(tmp_path / "out", prompts, length_column="n")
+    todo, num_left = again.write_todo(again.committed(), sorts_by_length=True)
+    assert num_left == 5
+    assert pq.read_table(todo)["row_id"].to_pylist() == [ids[2], ids[1], ids[4], ids[0], ids[3]]
+
+
 def test_a_finished_job_says_so(tmp_path: Path, prompts: Path) -> None:
     folder, snapshot = start(tmp_path / "out", prompts)
     ids = all_ids(folder)

@@ -182,6 +182,25 @@ def test_given_ids_are_used_and_must_be_unique_and_present(tmp_path: Path) -> No
         snapshot_rows(tmp_path, source, id_column="key")
 
 
+def test_expected_lengths_are_numbers_or_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "n": 7}, {"prompt": "b", "n": 2.5}, {"prompt": "c"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    lengths = [row["expected_tokens"] for row in snapshot_rows(tmp_path, source, length_column="n")]
+    assert lengths == [7, 3, None]
+    assert [row["expected_tokens"] for row in snapshot_rows(tmp_path, source)] == [None] * 3
+    (tmp_path / "n.csv").write_text("prompt,n\na,12\n")
+    assert snapshot_rows(tmp_path, tmp_path / "n.csv", length_column="n")[0]["expected_tokens"] == 12
+    with pytest.raises(UserError, match=r"length_column: .* has no column 'm'; columns: prompt, n"):
+        snapshot_rows(tmp_path, source, length_column="m")
+
+
+@pytest.mark.parametrize("value", ["long", -1, True, float("inf"), 2**31])
+def test_a_length_that_is_none_is_refused_with_its_place(tmp_path: Path, value: Any) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a", "n": 7}, {"prompt": "b", "n": value}])
+    with pytest.raises(UserError, match=rf"length_column: .*in\.jsonl line 2 has 'n' = {value!r}; lengths are numbers"):
+        snapshot_rows(tmp_path, source, length_column="n")
+
+
 def test_sampled_rows_get_a_seed_of_their_own_that_repeats(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "a", "sampling_params": {"seed": 5}}])
 

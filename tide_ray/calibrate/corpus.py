@@ -92,7 +92,7 @@ def read_rows(
     sources: Sequence[str], *, column: str | None, limit: int | None, also: Sequence[str] = ()
 ) -> list[tuple[Prompt, dict[str, Any]]]:
     """Prompts as ``read_prompts`` gives them, each with the values of its row; ``also``: further columns to read."""
-    maker = RowMaker(SamplingParams(temperature=0), None)
+    maker = RowMaker(SamplingParams(temperature=0))
     rows: list[tuple[Prompt, dict[str, Any]]] = []
     for source in open_sources(list(sources)):
         columns = prompt_columns(source, column)

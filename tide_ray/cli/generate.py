@@ -29,6 +29,7 @@ def generate(
     prompts: Annotated[list[str] | None, _flag("prompts", REPEAT)] = None,
     prompt_column: Annotated[str | None, _flag("prompt_column")] = None,
     id_column: Annotated[str | None, _flag("id_column")] = None,
+    length_column: Annotated[str | None, _flag("length_column")] = None,
     raw: Annotated[bool | None, _flag("raw")] = None,
     system_prompt: Annotated[str | None, _flag("system_prompt")] = None,
     output: Annotated[str | None, _flag("output")] = None,

@@ -148,7 +148,7 @@ def _run_owned(
     folder.write_bad_rows(committed, fields)
     most_errors = config.most_errors(snapshot.num_rows)
     _check_errors(folder, len(committed.errors), most_errors)
-    todo, num_left = folder.write_todo(committed)
+    todo, num_left = folder.write_todo(committed, sorts_by_length=config.length_column is not None)
     facts: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "rows_before": num_before}
     log = JobLog(logger, job_id(fields))
     generation = Generation(config, folder, fields, console, log, generator)

@@ -49,6 +49,9 @@ class GenerateJobConfig(BaseModel):
     )
     prompt_column: str | None = Field(default=None, description="column that holds the prompts")
     id_column: str | None = Field(default=None, description="column that holds unique row ids")
+    length_column: str | None = Field(
+        default=None, description="column with how many tokens each answer may take: the longest start first"
+    )
     raw: bool = Field(default=False, description="use string prompts as they are, without the chat template")
     system_prompt: str | None = Field(default=None, description="system message put before every chat prompt")
     output: str = Field(default="./tide-output", min_length=1, description="output folder, or s3://BUCKET/KEY")
@@ -173,6 +176,8 @@ class GenerateJobConfig(BaseModel):
                 raise UserError(f"shadow must be in (0, 1], got {config.shadow!r}")
             if config.max_disagreement is None:
                 raise UserError(f"shadow needs max_disagreement, a certified bound to watch, got {config.shadow!r}")
+            if config.length_column is not None:  # its test takes rows as they come for like those that will come
+                raise UserError(f"length_column must not be given with shadow, got {config.length_column!r}")
         if config.gate_scores and config.exits is None:
             raise UserError("gate_scores needs exits, a router checkpoint, got none")
         limit = config.max_errors

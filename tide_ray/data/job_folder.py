@@ -26,7 +26,7 @@ from tide_ray.data.compact import finish_pending
 from tide_ray.data.manifest import MANIFEST_FILE, load_manifest, make_manifest, part_files, read_parts
 from tide_ray.data.parts import ERRORS_FOLDER, KINDS, make_error_table, write_part
 from tide_ray.data.schema import ATTEMPTS_COLUMN
-from tide_ray.data.snapshot import SNAPSHOT_FILE, Snapshot, read_rows
+from tide_ray.data.snapshot import SNAPSHOT_FILE, Snapshot, longest_first, read_rows
 from tide_ray.data.storage import (
     StoragePath,
     absolute,
@@ -156,10 +156,11 @@ class JobFolder:
             name = f"{own_prefix(self.attempt)}input.parquet"
             write_part(self.scratch, self.path / ERRORS_FOLDER / name, tables, facts)
 
-    def write_todo(self, committed: Committed) -> tuple[StoragePath, int]:
+    def write_todo(self, committed: Committed, *, sorts_by_length: bool = False) -> tuple[StoragePath, int]:
         """The snapshot's rows that are left, as Parquet in a folder of this attempt. Returns it and their number.
 
-        Column ``attempts`` has how often each was tried before and ended as an error.
+        Column ``attempts`` has how often each was tried before and ended as an error. ``sorts_by_length``: each file
+        begins with its longest answers and ends with the shortest, so the job, whichever file is its last, does too.
         """
         folder = self.scratch / "todo"
         make_folder(folder)
@@ -168,6 +169,8 @@ class JobFolder:
         for number, table in enumerate(read_rows(self.input_folder, committed.ids)):
             past = [attempts.get(row_id, 0) for row_id in table["row_id"].to_pylist()]
             table = table.append_column(ATTEMPTS_COLUMN, pa.array(past, pa.int32()))
+            if sorts_by_length:
+                table = longest_first(table)
             with writing(folder / f"part-{number:05d}.parquet") as stream:
                 pq.write_table(table, stream, compression="zstd")
             num_rows += table.num_rows

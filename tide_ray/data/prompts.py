@@ -7,6 +7,7 @@ row's own content and its ordinal among equal rows, never from file names, so th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -24,7 +25,8 @@ ROW_ID_LENGTH = 32
 class PromptRow:
     """One row of the job: exactly one of the three prompts unless ``error`` is set; JSON for nested values.
 
-    ``content_hash`` is of the prompt and the row's own parameters, whatever its id.
+    ``content_hash`` is of the prompt and the row's own parameters, whatever its id. ``expected_tokens``: how many the
+    answer may take, None if nothing is known.
     """
 
     row_id: str = ""
@@ -33,6 +35,7 @@ class PromptRow:
     messages: str | None = None
     prompt_token_ids: list[int] | None = None
     sampling_params: str = "{}"
+    expected_tokens: int | None = None
     error: str = ""
 
 
@@ -109,16 +112,23 @@ class RowMaker:
     The hash covers ids and contents in order but not the defaults, so that a changed default reads as just that.
     """
 
-    def __init__(self, defaults: SamplingParams, id_column: str | None) -> None:
+    def __init__(
+        self, defaults: SamplingParams, id_column: str | None = None, length_column: str | None = None
+    ) -> None:
         self._defaults = non_default_params(defaults)
         self._base_seed = defaults.seed or 0
         self._id_column = id_column
+        self._length_column = length_column
         self.digest = sha256()
         self._seen_ids: set[bytes] = set()
         self._ordinals: dict[int, int] = {}
 
     def make(self, row: SourceRow, columns: Sequence[str]) -> PromptRow:
-        """The prompt row. Raises UserError only for ids, which concern the whole input: null or used twice."""
+        """The prompt row.
+
+        Raises:
+            UserError: only for what concerns the whole input: an id that is null or used twice, a length that is none.
+        """
         made = PromptRow(error=row.problem, prompt=row.raw)
         own_params: dict[str, Any] = {}
         if not row.problem:
@@ -137,6 +147,7 @@ class RowMaker:
                 made.sampling_params = json.dumps(self._merge(made.row_id, own_params))
             except UserError as error:
                 made.error = str(error)
+            made.expected_tokens = self._given_length(row)
         return made
 
     def _merge(self, row_id: str, own: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +180,16 @@ class RowMaker:
             raise UserError(f"id_column: id {row_id!r} is used twice, again in {row.place}")
         self._seen_ids.add(digest)
         return row_id
+
+    def _given_length(self, row: SourceRow) -> int | None:
+        value = row.values.get(self._length_column or "")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31:
+            raise UserError(
+                f"length_column: {row.place} has {self._length_column!r} = {value!r}; lengths are numbers of tokens"
+            )
+        return math.ceil(value)
 
 
 def _set_prompt(made: PromptRow, row: SourceRow, columns: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tide_ray.data.job_config import GenerateJobConfig
@@ -27,6 +28,7 @@ from tide_ray.types import UserError
 
 ROWS_PER_FILE = 16_384
 SNAPSHOT_FILE = "snapshot.json"
+LENGTH_COLUMN = "expected_tokens"
 
 INPUT_SCHEMA = pa.schema(
     [
@@ -37,6 +39,7 @@ INPUT_SCHEMA = pa.schema(
         ("messages", pa.string()),
         ("prompt_token_ids", pa.list_(pa.int32())),
         (PARAMS_COLUMN, pa.string()),
+        (LENGTH_COLUMN, pa.int32()),
         ("error", pa.string()),
     ]
 )
@@ -65,10 +68,11 @@ def write_snapshot(config: GenerateJobConfig, folder: StoragePath) -> Snapshot:
     texts = ["prompt", "messages", "prompt_token_ids", PARAMS_COLUMN, config.prompt_column, config.id_column]
     sources = open_sources(config.prompts, [name for name in texts if name])
     plans = [(source, prompt_columns(source, config.prompt_column)) for source in sources]
-    _check_id_column(sources, config.id_column)
+    _check_column(sources, "id_column", config.id_column)
+    _check_column(sources, "length_column", config.length_column)
     kept = _kept_schema(plans, config)
     make_folder(folder)
-    maker = RowMaker(config.sampling_params(), config.id_column)
+    maker = RowMaker(config.sampling_params(), config.id_column, config.length_column)
     num_rows = num_bad = 0
     with _PartWriter(folder, kept) as writer:
         for rows, table in _normalised(plans, maker, config, kept):
@@ -98,12 +102,23 @@ def read_rows(folder: StoragePath, without: Collection[str] = frozenset()) -> It
                     yield table
 
 
+def longest_first(rows: pa.Table) -> pa.Table:
+    """A snapshot's rows in another order: expected answers that are longer come first, unknown ones before all.
+
+    A sequence takes a step for each of its tokens however few run beside it, so that a long one that starts last ends
+    alone; and a batch, which is over when its slowest row is, holds rows of like lengths.
+    """
+    lengths = rows[LENGTH_COLUMN].combine_chunks()
+    return rows.take(pc.array_sort_indices(lengths, order="descending", null_placement="at_start"))
+
+
 def _normalised(
     plans: list[tuple[Source, tuple[str, ...]]], maker: RowMaker, config: GenerateJobConfig, kept: pa.Schema
 ) -> Iterator[tuple[list[PromptRow], pa.Table]]:
     left = config.limit
     for source, columns in plans:
-        wanted = [*columns, PARAMS_COLUMN, *([config.id_column] if config.id_column else [])]
+        named = (config.id_column, config.length_column)
+        wanted = [*columns, PARAMS_COLUMN, *(name for name in named if name is not None)]
         for batch in source.batches(wanted, kept):
             rows = batch.rows if left is None else batch.rows[:left]
             yield [maker.make(row, columns) for row in rows], batch.kept.slice(0, len(rows))
@@ -113,11 +128,11 @@ def _normalised(
                     return
 
 
-def _check_id_column(sources: list[Source], id_column: str | None) -> None:
+def _check_column(sources: list[Source], setting: str, name: str | None) -> None:
     for source in sources:
         columns = source.columns
-        if id_column is not None and columns and id_column not in columns:
-            raise UserError(f"id_column: {source.name!r} has no column {id_column!r}; columns: {', '.join(columns)}")
+        if name is not None and columns and name not in columns:
+            raise UserError(f"{setting}: {source.name!r} has no column {name!r}; columns: {', '.join(columns)}")
 
 
 def _kept_schema(plans: list[tuple[Source, tuple[str, ...]]], config: GenerateJobConfig) -> pa.Schema:

@@ -33,6 +33,7 @@ _FIXED = (
     "prompts",
     "prompt_column",
     "id_column",
+    "length_column",
     "raw",
     "system_prompt",
     "output",
