@@ -105,11 +105,35 @@ def test_few_residents_do_not_speak_for_many() -> None:
     assert [found["residents_from"] for found in comparison.to_json()] == [2]
 
 
-def test_a_trial_that_residents_run_out_of_is_given_up() -> None:
+def test_a_trial_that_residents_run_out_of_counts_once_both_sides_had_a_turn() -> None:
     comparison = Comparison(COSTS)
-    run(comparison, TRIAL_STEPS - 4, gain=lambda _: 0.9)
-    run(comparison, 10, gain=lambda _: 0.9, residents=3)
+    run(comparison, TURN_STEPS + 4, gain=lambda _: 0.9)
+    run(comparison, 4, gain=lambda _: 0.9, residents=3)
     assert not comparison.to_json()
+    run(comparison, TRIAL_STEPS - 4, gain=lambda _: 0.9)
+    run(comparison, 4, gain=lambda _: 0.9, residents=3)
+    assert [found["measured_over_promised"] for found in comparison.to_json()] == [round(0.9 / 1.04, 4)]
+
+
+def test_batches_too_short_for_a_trial_do_not_keep_one_going() -> None:
+    """Residents came in four steps and went after 28; each time the trial began anew, and half of all steps, for ever,
+    were full depth's: 1.03 was measured where exits made 1.15."""
+    comparison = Comparison(COSTS)
+    had_exits: list[bool] = []
+    for _ in range(8):
+        for residents in (32, 64, 96):
+            run(comparison, 1, gain=lambda _: 1.15, residents=residents, prompt_rows=lambda _: 2048)
+        had_exits += run(comparison, 28, gain=lambda _: 1.15, residents=128)
+    assert had_exits[:56].count(False) > 20
+    assert all(had_exits[56:])
+
+
+def test_what_ran_while_residents_came_is_not_told_of_those_that_are_there_then() -> None:
+    """A trial that began with 128 went on with 256, three times the promise, since prompts ran in one of its turns."""
+    comparison = Comparison(COSTS)
+    run(comparison, TURN_STEPS + 1, gain=lambda _: 1.0, residents=128)
+    run(comparison, FIRST_TRIALS * TRIAL_STEPS, gain=lambda _: 1.04, residents=256)
+    assert comparison.to_json() == [{"residents_from": 256, "trials": FIRST_TRIALS, "measured_over_promised": 1.0}]
 
 
 def test_the_planner_runs_what_the_comparison_settles_on() -> None:

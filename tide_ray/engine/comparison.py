@@ -19,6 +19,8 @@ TURNS = (True, False, False, True)
 """Whether exits are on in each turn of a trial: what drifts (contexts grow, neighbours on the machine) cancels out."""
 TURN_STEPS = 8
 TRIALS_KEPT = 5
+LIKE = 1.25
+"""Residents of a trial are at most this many times more or less than at its start: others are other work."""
 FIRST_TRIALS = 2
 """Trials of a size class in a row before its first verdict; one alone may meet a slow second of the machine."""
 WAIT_STEPS = 256
@@ -41,9 +43,10 @@ class Side:
 
 @dataclass(slots=True)
 class Trial:
-    """A trial that runs: which turn it is at, steps of the turn so far, both sides' sums, and what was promised."""
+    """A trial that runs: residents at its start, which turn it is at, steps of the turn so far, both sides' sums, and
+    what was promised."""
 
-    size_class: int
+    residents: int
     turn: int = 0
     num_settling: int = 0
     num_steps: int = 0
@@ -54,20 +57,32 @@ class Trial:
     def has_exits(self) -> bool:
         return TURNS[self.turn]
 
+    @property
+    def ratio(self) -> float | None:
+        """Measured gain over promised gain, None before each side has had a turn."""
+        if self.turn < 2 or not all(side.work for side in self.sides.values()):
+            return None
+        return self.sides[True].rate / self.sides[False].rate / statistics.fmean(self.promises)
+
+    def is_like(self, residents: int) -> bool:
+        return max(residents, self.residents) <= LIKE * min(residents, self.residents)
+
     def to_next_turn(self) -> None:
         self.turn, self.num_settling, self.num_steps = self.turn + 1, 0, 0
 
 
 @dataclass(slots=True)
 class Findings:
-    """Of one size class: measured gain over promised gain of the last trials, and steps until the next trial."""
+    """Of one size class: measured gain over promised gain of the last trials, trials so far, also those that were
+    broken off before there was any, and steps until the next."""
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS_KEPT))
     num_trials: int = 0
     wait: int = 0
 
-    def note(self, ratio: float) -> None:
-        self.ratios.append(ratio)
+    def note(self, ratio: float | None) -> None:
+        if ratio is not None:
+            self.ratios.append(ratio)
         self.num_trials += 1
         if self.num_trials >= FIRST_TRIALS:
             self.wait = min(WAIT_STEPS * (self.num_trials - FIRST_TRIALS + 1), MAX_WAIT_STEPS)
@@ -97,17 +112,19 @@ class Comparison:
         return chosen
 
     def _lets(self, plan: LaunchPlan, residents: int) -> bool:
-        size_class = residents.bit_length()
-        if self._trial is not None and abs(size_class - self._trial.size_class) > 1:
-            self._trial = None  # the work is another by now
+        if self._trial is not None and not self._trial.is_like(residents):
+            self._end(self._trial)
         if self._trial is not None:
             return self._trial.has_exits
-        findings = self._findings.setdefault(size_class, Findings())
+        findings = self._of(residents)
         if findings.wait:
             findings.wait -= 1
             return plan.gain * findings.ratio > 1.0
-        self._trial = Trial(size_class)
+        self._trial = Trial(residents)
         return self._trial.has_exits
+
+    def _of(self, residents: int) -> Findings:
+        return self._findings.setdefault(residents.bit_length(), Findings())
 
     def stepped(self, seconds: float, num_tokens: int, num_prompt_rows: int) -> None:
         """Note the step that ``settle`` gave the plan of.
@@ -137,9 +154,7 @@ class Comparison:
 
     def _end(self, trial: Trial) -> None:
         self._trial = None
-        with_exits, without = trial.sides[True].rate, trial.sides[False].rate
-        if with_exits and without:
-            self._findings[trial.size_class].note(with_exits / without / statistics.fmean(trial.promises))
+        self._of(trial.residents).note(trial.ratio)
 
     def to_json(self) -> list[dict[str, Any]]:
         """For run records: of each size class that was tried, what promises came to."""
@@ -150,5 +165,5 @@ class Comparison:
                 "measured_over_promised": round(findings.ratio, 4),
             }
             for size_class, findings in sorted(self._findings.items())
-            if findings.num_trials
+            if findings.ratios
         ]
