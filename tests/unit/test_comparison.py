@@ -136,6 +136,16 @@ def test_what_ran_while_residents_came_is_not_told_of_those_that_are_there_then(
     assert comparison.to_json() == [{"residents_from": 256, "trials": FIRST_TRIALS, "measured_over_promised": 1.0}]
 
 
+def test_no_trial_begins_beside_many_more_rows_of_prompts() -> None:
+    """One of 224 residents took half of the last prompts into its first turn, and read 0.58 of a promise."""
+    comparison = Comparison(COSTS)
+    comparison.stepped(1.0, 0, 2048)
+    assert all(run(comparison, 50, gain=lambda _: 0.5, residents=224, prompt_rows=lambda _: 2048))
+    run(comparison, FIRST_TRIALS * TRIAL_STEPS, gain=lambda _: 1.04, residents=224)
+    (found,) = comparison.to_json()
+    assert found["measured_over_promised"] == pytest.approx(1.0, rel=0.03)
+
+
 def test_the_planner_runs_what_the_comparison_settles_on() -> None:
     """The stage behind the boundary is as slow as measured, but asking takes ten times as long: the curves know not."""
     deep = CostCurve((1, 1000), (0.01, 1.0))

@@ -102,6 +102,7 @@ class Comparison:
         self._trial: Trial | None = None
         self._running: LaunchPlan | None = None
         self._residents = 0
+        self._prompt_rows = 0
 
     def settle(self, plan: LaunchPlan, residents: int) -> LaunchPlan:
         """The plan of the next step: ``plan``, or full depth where that is faster or has its turn."""
@@ -117,8 +118,9 @@ class Comparison:
         if self._trial is not None:
             return self._trial.has_exits
         findings = self._of(residents)
-        if findings.wait:
-            findings.wait -= 1
+        # What exits are worth does not show beside many more rows of prompts, as where residents come.
+        if findings.wait or self._prompt_rows > residents:
+            findings.wait = max(findings.wait - 1, 0)
             return plan.gain * findings.ratio > 1.0
         self._trial = Trial(residents)
         return self._trial.has_exits
@@ -135,7 +137,7 @@ class Comparison:
             num_prompt_rows: rows of prompts in it, which run beside those that decode.
         """
         trial, plan = self._trial, self._running
-        self._running = None
+        self._running, self._prompt_rows = None, num_prompt_rows
         if trial is None or plan is None or plan.exits != trial.has_exits:
             return
         if trial.num_settling < math.prod(plan.holds):
