@@ -67,7 +67,7 @@ class Bucket:
         """The content and its version."""
         with self._errors(key):
             result = obstore.get(self._store, key)
-            return bytes(result.bytes()), _version(result.meta)
+            return bytes(result.bytes()), version_of(result.meta)
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         with self._errors(key):
@@ -76,7 +76,7 @@ class Bucket:
     def put(self, key: str, content: bytes | BinaryIO, only_if: dict[str, Any] | str) -> dict[str, Any]:
         mode: Any = {ANY: "overwrite", NEW: "create"}[only_if] if isinstance(only_if, str) else only_if
         with self._errors(key):
-            return _version(obstore.put(self._store, key, content, mode=mode))
+            return version_of(obstore.put(self._store, key, content, mode=mode))
 
     def below(self, folder: str) -> Iterator[tuple[str, ObjectFacts]]:
         """All objects whose keys begin with the folder's, in no particular order."""
@@ -142,11 +142,14 @@ def aws() -> dict[str, Any]:
 
 
 def _facts(meta: ObjectMeta) -> ObjectFacts:
-    return ObjectFacts(meta["size"], int(meta["last_modified"].timestamp() * 1e9), _version(meta))
+    return ObjectFacts(meta["size"], int(meta["last_modified"].timestamp() * 1e9), version_of(meta))
 
 
-def _version(meta: ObjectMeta | PutResult) -> dict[str, Any]:
-    versions = {"e_tag": meta["e_tag"], "version": meta["version"]}
+def version_of(meta: ObjectMeta | PutResult) -> dict[str, Any]:
+    """What tells a version of an object from others, as conditional puts take it."""
+    tag = meta["e_tag"]
+    # Azure's listings leave out the quotes that its other answers have, and that conditions need.
+    versions = {"e_tag": tag and '"' + tag.strip('"') + '"', "version": meta["version"]}
     return {name: value for name, value in versions.items() if value is not None}
 
 
