@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "jobs" / "benchmark.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+from programs import ROOT, benchmarked, run
 
-
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), "throughput", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=ENVIRONMENT, check=False)
+PROGRAM = ROOT / "jobs" / "benchmark.py"
 
 
 def _write_prompts(path: Path, texts: list[str]) -> Path:
@@ -33,8 +26,9 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) ->
     long = _write_prompts(folder / "long.jsonl", [f"question {i} " + "word " * i for i in range(9)])
     short = _write_prompts(folder / "short.jsonl", [f"say {i}" for i in range(4)])
     written = folder / "results" / "tiny.json"
-    done = _run(
-        f"{long}:6", short, "--model", tiny_llama_folder, "--dtype", "float32", "--max-tokens", 6, "--rounds", 2,
+    done = run(
+        PROGRAM, "throughput", f"{long}:6", short, "--model", tiny_llama_folder, "--dtype", "float32",
+        "--max-tokens", 6, "--rounds", 2,
         "--engine-seqs", "4,8", "--hf-batch-sizes", "4,16", "--limit", 9, "--num-threads", 1, "--output", written,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -105,18 +99,23 @@ class TestThroughput:
         (["missing.jsonl"], "error: prompts must be JSONL with a prompt column, got 'missing.jsonl'"),
         (["{prompts}:7"], "has 2 rows, got"),
         (["{prompts}", "--dtype", "int3"], "error: dtype must be one of"),
-        (["{prompts}", "--model", "{model}", "--max-tokens", "300"], "error: max_tokens: the longest prompt needs"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path, tiny_llama_folder: Path
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
     prompts = _write_prompts(tmp_path / "prompts.jsonl", ["one", "two"])
-    done = _run(*(argument.format(prompts=prompts, model=tiny_llama_folder) for argument in arguments))
-    assert done.returncode == 2
+    done = benchmarked("throughput", *(argument.format(prompts=prompts) for argument in arguments))
+    assert done.exit_code == 2
     lines = [line for line in done.stderr.splitlines() if not line.startswith("load average")]
     assert len(lines) == 1, done.stderr
     assert message in lines[0]
+
+
+def test_a_program_that_has_loaded_a_model_ends_with_one_line_too(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    prompts = _write_prompts(tmp_path / "prompts.jsonl", ["one", "two"])
+    done = run(PROGRAM, "throughput", prompts, "--model", tiny_llama_folder, "--max-tokens", 300)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("load average"))
+    assert line.startswith("error: max_tokens: the longest prompt needs")
 
 
 def test_help_does_not_import_torch() -> None:
@@ -125,6 +124,6 @@ def test_help_does_not_import_torch() -> None:
         f"runpy.run_path({str(PROGRAM)!r}, run_name='m')"
     )
     check = f"{code}['app'](standalone_mode=False); assert 'torch' not in sys.modules and 'ray' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=False)
+    done = run("-c", check)
     assert done.returncode == 0, done.stderr
     assert "--hf-batch-sizes" in done.stdout

@@ -1,4 +1,4 @@
-"""Routers from calibration to Parquet: the programs a user runs, on a tiny model."""
+"""Routers from calibration to Parquet: the commands a user runs, on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from programs import ROOT, calibrated, run
+from programs import calibrated, measured, succeeding
 from tide_ray import UserError
 from tide_ray.exits.checkpoint_files import add_certificates, read_certificates
 
@@ -73,8 +73,8 @@ def certified(routers: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     prompts.write_text(
         "".join(json.dumps({"prompt": f"item {i}, {3 * i}", "answer": f"{i}"}) + "\n" for i in range(60))
     )
-    done = run(
-        "-m", "tide_ray.cli", "certify", folder / "routers", "--prompts", prompts, "--num-prompts", 40,
+    done = succeeding(
+        "certify", folder / "routers", "--prompts", prompts, "--num-prompts", 40,
         "--num-ordering", 10, "--epsilons", "0.3,0.9", "--max-tokens", 12, "--num-threads", 1,
     )  # fmt: skip
     assert "certified settings at delta 0.05" in done.stderr
@@ -125,11 +125,10 @@ def test_a_job_whose_rows_disagree_more_than_certified_ends_with_exits_off(
 
 
 def test_the_certified_benchmark_has_the_figures_of_certification_beside_its_own(certified: tuple[Path, Path]) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "certified", certified[0], "--prompts", certified[1], "--skip", 40,
+    report = measured(
+        "certified", certified[0], "--prompts", certified[1], "--skip", 40,
         "--exit-errors", "0.05", "--max-tokens", 12, "--num-threads", 1,
     )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
     names = [row["name"] for row in report["variants"]]
     assert names[:5] == ["full depth", "full depth again", "certified 0.3", "certified 0.9", "exit error 0.05"]
     assert report["prompts"] == 20
