@@ -22,6 +22,23 @@ if TYPE_CHECKING:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+STARTS_RAY = ("tests/ray/", "tests/serve/test_batch.py", "tests/serve/test_fronts.py", "tests/serve/test_serve_")
+"""How the node ids begin of tests that start Ray."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray come first, since one process runs them all (see below) and is the last to be ready.
+
+    Of these, files that share ``ray_cluster`` come last, so that no other finds it running.
+    """
+    sharing = {item.path for item in items if _shares_ray(item)}
+    items.sort(key=lambda item: (not item.nodeid.startswith(STARTS_RAY), item.path in sharing))
+
+
+def _shares_ray(item: pytest.Item) -> bool:
+    return "ray_cluster" in getattr(item, "fixturenames", ())
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For ``-n 2`` without ``--dist``: a file's tests stay in one process, since they share what they start.
@@ -55,6 +72,25 @@ def _few_threads() -> Iterator[None]:
 def demo_path() -> Path:
     """The folder of the demo model; the first use on a machine downloads and converts it."""
     return demo_model_path()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One local Ray, started for the first file that asks for it and ended after the last: they follow each other."""
+    import ray
+
+    from ray_start import start_local_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        if not ray.is_initialized():
+            start_local_ray()
+        yield
+        *_, last = (item.path for item in request.session.items if _shares_ray(item))
+        if request.path == last:
+            ray.shutdown()
 
 
 @pytest.fixture(scope="session")

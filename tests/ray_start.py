@@ -1,7 +1,8 @@
-"""Ray nodes by ``ray start``, as clusters are made, in session folders and on ports of their own."""
+"""Ray for tests: in this process, and nodes by ``ray start``, with session folders and ports of their own."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+from ray.data import DataContext
 from ray.scripts.scripts import start
 
 from ports import free_port
@@ -28,6 +31,23 @@ def check_ray_start(command: str) -> dict[str, Any]:
     program, verb, *arguments = shlex.split(command)
     assert (program, verb) == ("ray", "start")
     return start.make_context("ray start", arguments).params
+
+
+def start_local_ray() -> None:
+    """Two CPUs and two fake GPUs, for this process."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 2**20,
+    )
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = 90
 
 
 class RayNodes:

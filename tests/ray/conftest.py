@@ -1,46 +1,19 @@
-"""One local Ray per module (two CPUs, two fake GPUs), and a small job to run on it."""
+"""A small job to run on the Ray that files share."""
 
 from __future__ import annotations
 
 import io
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
-from ray.data import DataContext
 from rich.console import Console
 
 from tide_ray.data.job import run_generate
 from tide_ray.data.job_config import GenerateJobConfig
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            num_gpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=200 * 2**20,
-        )
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = 90
-        yield
-        ray.shutdown()
 
 
 class SmallJob:

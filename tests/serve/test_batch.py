@@ -78,6 +78,7 @@ def bad_line(name: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_answers_equal_the_servers_and_failures_have_a_file_of_their_own(
     batch: Batch, client: openai.OpenAI, live: Running
 ) -> None:
