@@ -19,6 +19,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from tide_ray.config import EngineConfig
 from tide_ray.data.actor import Generator, GeneratorOptions
 from tide_ray.data.nodes import ACCELERATOR_PREFIX, ACCELERATOR_SHARE, check_labels, live_nodes
+from tide_ray.data.pacing import Pacing
 from tide_ray.data.placement import Placement, plan_placement, wait_for_placement
 from tide_ray.types import UserError
 
@@ -200,6 +201,7 @@ class Processor:
         )
         # A block is what Ray retries and hands out, so it is made as large as a batch whatever the input's layout was.
         dataset = dataset.repartition(target_num_rows_per_block=config.batch_size)
+        dataset.context.custom_execution_callback_classes = [*dataset.context.custom_execution_callback_classes, Pacing]
         if placement.max_actors > config.num_actors:
             # Ray's own threshold, 1.75 batches for each that an actor can run, is never reached where none wait in it.
             scaling = dataset.context.autoscaling_config
