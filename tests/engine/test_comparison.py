@@ -12,6 +12,7 @@ from references import assert_idle, ragged_prompts
 from tide_ray import SamplingParams, TideEngine
 from tide_ray.engine.comparison import FIRST_TRIALS, TURN_STEPS, TURNS
 from tide_ray.engine.cost_model import FREE, CostCurve, EngineCosts
+from tide_ray.engine.measure import measure_costs
 from tide_ray.engine.planner import LaunchPlanner
 from tide_ray.exits.policies import Candidates, ForcedExits, Verdict
 from tiny_models import VOCAB_SIZE, build_tiny_model
@@ -70,3 +71,13 @@ def test_exits_that_spare_time_stay_on() -> None:
     answers = depths(engine)
     assert {depth for answer in answers for depth in answer[-20:]} == {2}
     assert trials(engine)[0]["trials"] >= FIRST_TRIALS
+
+
+def test_an_engine_of_one_resident_is_measured_and_plans() -> None:
+    """Curves of one point were asked for a hair more than one row, and the first step failed."""
+    engine = forced_engine(build_tiny_model("llama"), (2,), (0.3,), max_model_len=64, max_num_seqs=1, num_threads=1)
+    assert engine.runner.exits is not None
+    costs = measure_costs(engine.runner, engine.runner.exits, engine.max_num_seqs)
+    for share in (0.1, 0.3, 0.7):
+        engine.runner.planner = LaunchPlanner(costs, [share])
+        assert [len(answer) for answer in depths(engine, num_tokens=20)] == [20] * 4

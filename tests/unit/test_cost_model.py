@@ -29,6 +29,11 @@ def test_a_curve_is_linear_between_and_beyond_its_points_and_flat_below() -> Non
     assert curve(128) == pytest.approx(17.0)
 
 
+def test_a_curve_of_one_point_goes_on_as_that_many_launches() -> None:
+    curve = CostCurve((1,), (0.01,))
+    assert [curve(rows) for rows in (0, 0.5, 1, 1 + 1e-12, 3)] == pytest.approx([0.0, 0.01, 0.01, 0.01, 0.03])
+
+
 def test_measurements_that_contradict_each_other_are_taken_at_their_least() -> None:
     assert CostCurve.consistent((1, 8, 64), (3.0, 2.0, 9.0)) == CostCurve((1, 8, 64), (2.0, 2.0, 9.0))
     assert CostCurve.consistent((1, 8, 64), (1.0, 2.0, 40.0)) == CostCurve((1, 8, 64), (1.0, 2.0, 16.0))

@@ -48,6 +48,8 @@ class CostCurve:
             return 0.0
         if num_rows <= self.rows[0]:
             return self.seconds[0]
+        if len(self.rows) == 1:  # an engine of one resident: more rows are at worst that many launches
+            return self.seconds[0] * num_rows / self.rows[0]
         right = min(bisect_left(self.rows, num_rows), len(self.rows) - 1)
         left = right - 1
         slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
