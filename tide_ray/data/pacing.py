@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-FIRST_PAUSE, MOST_PAUSE = 0.05, 0.6
+FIRST_PAUSE, MOST_PAUSE = 0.05, 0.3
 """Seconds. Answers take seconds, and actors have batches waiting in them; the pause is what they are found later by."""
 
 
