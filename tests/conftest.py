@@ -22,17 +22,15 @@ if TYPE_CHECKING:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-STARTS_RAY = ("tests/ray/", "tests/serve/test_batch.py", "tests/serve/test_fronts.py", "tests/serve/test_serve_")
-"""How the node ids begin of tests that start Ray."""
+START_RAY = ("tests/ray/", "tests/serve/")
+"""Folders of tests that start Ray; one process runs them all."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray come first, since one process runs them all (see below) and is the last to be ready.
-
-    Of these, files that share ``ray_cluster`` come last, so that no other finds it running.
-    """
+    """Those that start Ray come first: their process is the last to be ready. Of them, files that share
+    ``ray_cluster`` come last, so that no other finds it running."""
     sharing = {item.path for item in items if _shares_ray(item)}
-    items.sort(key=lambda item: (not item.nodeid.startswith(STARTS_RAY), item.path in sharing))
+    items.sort(key=lambda item: (not item.nodeid.startswith(START_RAY), item.path in sharing))
 
 
 def _shares_ray(item: pytest.Item) -> bool:
@@ -53,8 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if file.startswith(("tests/ray/", "tests/serve/")) else file
+            return "ray" if nodeid.startswith(START_RAY) else nodeid.partition("::")[0]
 
     return ByFile(config, log)
 

@@ -201,7 +201,9 @@ class Processor:
         )
         # A block is what Ray retries and hands out, so it is made as large as a batch whatever the input's layout was.
         dataset = dataset.repartition(target_num_rows_per_block=config.batch_size)
-        dataset.context.custom_execution_callback_classes = [*dataset.context.custom_execution_callback_classes, Pacing]
+        callbacks = dataset.context.custom_execution_callback_classes
+        if Pacing not in callbacks:  # two processors in a pipeline share its context, and one pause is enough
+            dataset.context.custom_execution_callback_classes = [*callbacks, Pacing]
         if placement.max_actors > config.num_actors:
             # Ray's own threshold, 1.75 batches for each that an actor can run, is never reached where none wait in it.
             scaling = dataset.context.autoscaling_config

@@ -182,7 +182,7 @@ class RowMaker:
         return row_id
 
     def _given_length(self, row: SourceRow) -> int | None:
-        value = row.values.get(self._length_column or "")
+        value = None if self._length_column is None else row.values.get(self._length_column)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31:

@@ -19,7 +19,7 @@ TURNS = (True, False, False, True)
 """Whether exits are on in each turn of a trial: what drifts (contexts grow, neighbours on the machine) cancels out."""
 TURN_STEPS = 8
 TRIALS_KEPT = 5
-LIKE = 1.25
+MAX_RESIDENTS_RATIO = 1.25
 """Residents of a trial are at most this many times more or less than at its start: others are other work."""
 FIRST_TRIALS = 2
 """Trials of a size class in a row before its first verdict; one alone may meet a slow second of the machine."""
@@ -65,7 +65,7 @@ class Trial:
         return self.sides[True].rate / self.sides[False].rate / statistics.fmean(self.promises)
 
     def is_like(self, residents: int) -> bool:
-        return max(residents, self.residents) <= LIKE * min(residents, self.residents)
+        return max(residents, self.residents) <= MAX_RESIDENTS_RATIO * min(residents, self.residents)
 
     def to_next_turn(self) -> None:
         self.turn, self.num_settling, self.num_steps = self.turn + 1, 0, 0
