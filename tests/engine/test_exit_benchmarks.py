@@ -1,13 +1,12 @@
-"""Benchmarks of exits, as programs, on a tiny model and routers calibrated for it."""
+"""Benchmarks of exits on a tiny model and routers calibrated for it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from programs import ROOT, calibrated, run
+from programs import calibrated, measured
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -18,12 +17,11 @@ def routers(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -
 
 
 def test_the_depth_benchmark_measures_every_launch_policy_beside_its_limits(tiny_llama_folder: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "depth", "--model", tiny_llama_folder, "--dtype", "float32", "--rounds", 2,
+    report = measured(
+        "depth", "--model", tiny_llama_folder, "--dtype", "float32", "--rounds", 2,
         "--scenarios", "2:0.5", "--residents", "1,6", "--tokens", 4, "--min-seconds", 0,
         "--num-threads", 1,
     )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
     (scenario,) = report["scenarios"]
     assert [row["residents"] for row in scenario["rows"]] == [1, 6]
     for row in scenario["rows"]:
@@ -36,12 +34,11 @@ def test_the_depth_benchmark_measures_every_launch_policy_beside_its_limits(tiny
 
 
 def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_folder: Path, routers: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "exits", routers, "--model", tiny_llama_folder, "--dtype", "float32",
+    report = measured(
+        "exits", routers, "--model", tiny_llama_folder, "--dtype", "float32",
         "--errors", "0.05", "--prefill-shares", "0.5", "--residents", "2", "--rounds", 2, "--max-tokens", 8,
         "--min-seconds", 0, "--limit", 6, "--num-threads", 1,
     )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
     base, again, exits, prefill = report["variants"]
     assert (base["name"], again["name"]) == ("full depth", "full depth, again")
     assert base["speedup"] + again["speedup"] == pytest.approx(2, abs=0.002), "both are compared with their mean"
@@ -55,11 +52,10 @@ def test_the_exits_benchmark_compares_a_checkpoint_with_full_depth(tiny_llama_fo
 
 
 def test_the_quality_benchmark_separates_kv_policies_from_exit_heads(tiny_llama_folder: Path, routers: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "quality", routers, "--model", tiny_llama_folder, "--dtype", "float32",
+    report = measured(
+        "quality", routers, "--model", tiny_llama_folder, "--dtype", "float32",
         "--shares", "0.5,1.0", "--max-tokens", 8, "--limit", 6, "--num-threads", 1,
     )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
     assert (report["floor_launches"], report["floor_generation"]) == (1.0, 1.0), "float32 has no noise floor"
     assert [row["depth"] for row in report["boundaries"]] == [2, 3]
     for row in report["boundaries"]:
@@ -72,11 +68,11 @@ def test_the_quality_benchmark_separates_kv_policies_from_exit_heads(tiny_llama_
 
 
 def test_the_verified_benchmark_finds_full_depths_answers(tiny_llama_folder: Path, routers: Path) -> None:
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "verified", routers, "--model", tiny_llama_folder, "--dtype", "float32",
+    report = measured(
+        "verified", routers, "--model", tiny_llama_folder, "--dtype", "float32",
         "--exit-error", "0.05", "--residents", "3", "--rounds", 1, "--max-tokens", 6, "--limit", 4, "--num-threads", 1,
     )  # fmt: skip
-    (row,) = json.loads(done.stdout.splitlines()[-1])["residents"]
+    (row,) = report["residents"]
     assert row["residents"] == 3
     assert row["drafts_per_token"]
     assert set(row["identical_answers"].values()) == {1.0}

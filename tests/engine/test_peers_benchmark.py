@@ -1,23 +1,14 @@
-"""The peers benchmark end to end on a tiny model, as a program, without OpenVINO: that reads only GGUF files."""
+"""The peers benchmark end to end on a tiny model, without OpenVINO: that reads only GGUF files."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "jobs" / "benchmark.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), "peers", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+from programs import benchmarked, measured
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +17,11 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) ->
     for name, count in (("long", 5), ("short", 3)):
         rows = [json.dumps({"prompt": f"{name} question {i} " + "word " * i}) for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows))
-    done = _run(
-        "--prompts", f"{folder / 'long.jsonl'}:4", "--prompts", folder / "short.jsonl", "--model", tiny_llama_folder,
-        "--dtype", "float32", "--max-tokens", 6, "--rounds", 2, "--engine-seqs", "2,4", "--hf-batch-sizes", 4,
-        "--num-threads", 1,
+    return measured(
+        "peers", "--prompts", f"{folder / 'long.jsonl'}:4", "--prompts", folder / "short.jsonl",
+        "--model", tiny_llama_folder, "--dtype", "float32", "--max-tokens", 6, "--rounds", 2,
+        "--engine-seqs", "2,4", "--hf-batch-sizes", 4, "--num-threads", 1,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "printed": done.stdout}
 
 
 @pytest.mark.slow
@@ -67,8 +56,8 @@ class TestPeers:
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line_and_exit_code_2(tiny_llama_folder: Path) -> None:
-    done = _run("--model", tiny_llama_folder, "--exits", "nowhere", "--limit", 2, "--dtype", "float32")
-    assert done.returncode == 2
+    done = benchmarked("peers", "--model", tiny_llama_folder, "--exits", "nowhere", "--limit", 2, "--dtype", "float32")
+    assert done.exit_code == 2
     lines = [line for line in done.stderr.splitlines() if not line.startswith("load average")]
     assert len(lines) == 1, done.stderr
     assert "nowhere" in lines[0]

@@ -1,4 +1,4 @@
-"""The prefix benchmark end to end on a tiny model, as a program."""
+"""The prefix benchmark end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import ROOT, run
+from programs import measured
 
 
 @pytest.mark.slow
@@ -17,11 +17,10 @@ def test_shared_examples_come_from_the_cache_and_examples_of_ones_own_do_not(
 ) -> None:
     rows = [{"prompt": f"what is {n} and {n * n}?", "answer": f"{n + n * n} it is"} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = run(
-        ROOT / "jobs" / "benchmark.py", "prefix", tmp_path / "rows.jsonl", "--shots", 2, "--limit", 5,
+    report = measured(
+        "prefix", tmp_path / "rows.jsonl", "--shots", 2, "--limit", 5,
         "--model", tiny_llama_folder, "--dtype", "float32", "--max-tokens", 4, "--rounds", 2, "--num-threads", 1,
     )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
     shared, apart = report["kinds"]
     assert shared["hit_rate"] > 0.4
     assert apart["hit_rate"] < 0.2, "no more than the template"
@@ -30,4 +29,4 @@ def test_shared_examples_come_from_the_cache_and_examples_of_ones_own_do_not(
         assert row["speedup"] == pytest.approx(medians["without"] / medians["with"], rel=0.02)
         assert [len(seconds) for seconds in row["seconds"].values()] == [2, 2]
         assert row["agreement"]["identical_answers"] == 1.0
-    assert "nothing in common" in done.stdout
+    assert "nothing in common" in report["printed"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
+import bench_kernels
 import pytest
 import torch
 
@@ -14,9 +14,6 @@ from tide_ray.types import UserError
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "jobs"))
-    import bench_kernels
-
     monkeypatch.setattr(bench_kernels, "VOCABULARY", 64)
     return bench_kernels
 

@@ -7,15 +7,13 @@ wait for the fault: a tiny model's jobs were over before it struck.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "jobs" / "benchmark.py"
+from programs import ROOT, run
+
 ROWS = 96
 EXIT_CODES = {
     "driver-killed-at-a-third": [0],
@@ -30,16 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def report(tiny_llama_folder: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [
-            sys.executable, PROGRAM, "faults", "--scenarios", ",".join(EXIT_CODES), "--rows", str(ROWS),
-            "--model", tiny_llama_folder, "--dtype", "float32", "--max-tokens", "8", "--max-num-seqs", "1",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=390,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+    done = run(
+        ROOT / "jobs" / "benchmark.py", "faults", "--scenarios", ",".join(EXIT_CODES), "--rows", ROWS,
+        "--model", tiny_llama_folder, "--dtype", "float32", "--max-tokens", 8, "--max-num-seqs", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

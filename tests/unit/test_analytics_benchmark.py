@@ -1,52 +1,40 @@
-"""The analytics benchmark end to end, as a program: what it writes and what it measures."""
+"""The analytics benchmark end to end: what it writes and what it measures."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import bench_analytics
+import pyarrow.parquet as pq
 import pytest
 
+from programs import benchmarked, measured
 from tide_ray.analytics import load
 from tide_ray.data.parts import is_intact
 from tide_ray.data.schema import OUTPUT_SCHEMA
-
-JOBS = Path(__file__).parents[2] / "jobs"
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(JOBS / "benchmark.py"), "analytics", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
 
 
 @pytest.mark.slow
 def test_every_analysis_is_measured_at_every_size(tmp_path: Path, tiny_llama_folder: Path) -> None:
     written = tmp_path / "analytics.json"
-    done = run("--tokens", "3000", "--model", tiny_llama_folder, "--num-threads", 1, "--output", written)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = measured(
+        "analytics", "--tokens", "3000", "--model", tiny_llama_folder, "--num-threads", 1, "--output", written
+    )
+    assert "peak MB" in report.pop("printed")
     assert json.loads(written.read_text()) == report
     (size,) = report["sizes"]
     assert (size["rows"], size["files"]) == (30, 1)
     assert 2000 < size["tokens"] < 4000
-    measured = {row["name"]: row for row in size["measured"]}
-    assert measured["every token to Parquet"]["rows"] == size["tokens"]
-    assert measured["tokens: count and time by depth"]["rows"] == 3
-    assert all(5e7 < row["peak_rss_bytes"] < 4e9 and row["seconds"] > 0 for row in measured.values())
-    assert "report" in measured
-    assert "peak MB" in done.stdout
+    rows = {row["name"]: row for row in size["measured"]}
+    assert rows["every token to Parquet"]["rows"] == size["tokens"]
+    assert rows["tokens: count and time by depth"]["rows"] == 3
+    assert all(5e7 < row["peak_rss_bytes"] < 4e9 and row["seconds"] > 0 for row in rows.values())
+    assert "report" in rows
 
 
 def test_made_up_output_is_of_the_jobs_own_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(JOBS))
-    import bench_analytics
-    import pyarrow.parquet as pq
-
     monkeypatch.setattr(bench_analytics, "ROWS_PER_FILE", 40)
     monkeypatch.setattr(bench_analytics, "ROWS_PER_GROUP", 16)
     facts = bench_analytics.write_output(tmp_path / "out", 10_000, "no model")
@@ -70,7 +58,7 @@ def test_made_up_output_is_of_the_jobs_own_kind(tmp_path: Path, monkeypatch: pyt
 
 
 def test_sizes_that_are_no_numbers_are_refused() -> None:
-    done = run("--tokens", "many")
-    assert (done.returncode, done.stderr) == (
+    done = benchmarked("analytics", "--tokens", "many")
+    assert (done.exit_code, done.stderr) == (
         2, "error: tokens must be positive integers separated by commas, got 'many'\n",
     )  # fmt: skip

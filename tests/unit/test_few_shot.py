@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
-PROGRAM = Path(__file__).parents[2] / "jobs" / "benchmark.py"
+from programs import benchmarked
 
 
 @pytest.fixture
@@ -19,14 +18,13 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), "few-shot", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def run(*arguments: object) -> Result:
+    return benchmarked("few-shot", *arguments)
 
 
 def test_every_question_has_solved_ones_of_its_own_and_skipped_rows_are_in_no_prompt(source: Path) -> None:
     done = run(source, "--shots", 2, "--limit", 3, "--skip", 9)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     prompts = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
     assert prompts[0] == "Question: q12\nAnswer: a12\n\nQuestion: q13\nAnswer: a13\n\nQuestion: q9\nAnswer:"
     used = [word for prompt in prompts for word in prompt.split() if word.startswith("q")]
@@ -51,5 +49,5 @@ def test_the_file_holds_what_would_be_printed(source: Path, tmp_path: Path) -> N
 )
 def test_what_cannot_be_made_is_refused(source: Path, arguments: tuple[object, ...], message: str) -> None:
     done = run(source, *arguments)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert message in done.stderr

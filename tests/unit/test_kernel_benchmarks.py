@@ -1,50 +1,40 @@
-"""The kernel benchmarks as programs, as far as a machine without a GPU goes, and what they print of measured facts."""
+"""The kernel benchmarks as far as a machine without a GPU goes, and what they print of measured facts."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_report_device import print_kernels_report
 
+from programs import benchmarked, measured
 from tide_kernels import gpu
-
-JOBS = Path(__file__).parents[2] / "jobs"
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(JOBS / "benchmark.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.mark.skipif(gpu.why_no_compiler() is not None, reason=str(gpu.why_no_compiler()))
 def test_resources_are_printed_and_written(tmp_path: Path) -> None:
     written = tmp_path / "resources.json"
-    done = run("kernel-resources", "--architectures", "8.0,9.0", "--names", "partition,gather", "--output", written)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
+    facts = measured(
+        "kernel-resources", "--architectures", "8.0,9.0", "--names", "partition,gather", "--output", written
+    )
+    assert "most registers" in facts.pop("printed")
     assert json.loads(written.read_text()) == facts
     assert set(facts["kernels"]) == {"partition", "gather/16 bytes"}
     assert facts["architectures"] == list(facts["kernels"]["partition"]["registers"]) == ["8.0", "9.0"]
     assert facts["float64_instructions"] == 0
-    assert "most registers" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_without_a_gpu_is_one_line() -> None:
-    done = run("kernels")
-    assert done.returncode == 2
+    done = benchmarked("kernels")
+    assert done.exit_code == 2
     assert done.stderr.startswith("error: kernels: ")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_measured_kernels_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(JOBS))
-    from bench_report_device import print_kernels_report
-
+def test_measured_kernels_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"kernel": "route", "rows": 8, "bytes": 1e6, "us": 2.0, "share_of_copies": 0.8}
     row |= {"eager_us": 9.0, "compiled_us": None, "tide_bytes": None}
     facts = {"hardware": "a GPU", "num_threads": 1, "date": "2026-11-26", "dtype": "bfloat16", "hidden": 4096}

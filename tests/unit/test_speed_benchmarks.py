@@ -13,11 +13,6 @@ from tide_ray import UserError
 TINY: dict[str, Any] = {"model": "random:llama-tiny", "dtype": "float32", "tokens": 6, "rounds": 1, "num_threads": 1}
 
 
-@pytest.fixture(autouse=True)
-def _jobs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.syspath_prepend(str(request.config.rootpath / "jobs"))
-
-
 @pytest.fixture
 def depth() -> ModuleType:
     return importlib.import_module("bench_depth")
