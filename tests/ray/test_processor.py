@@ -70,14 +70,14 @@ def answer_slowly(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_driver_looks_seldom_while_answers_take_their_time(tiny_llama_folder: Path) -> None:
-    """Ray looks ten times a second, which took 4 % of a small machine's tokens/s."""
+    """Ray looks ten times a second, and each look stops what an engine on that machine computes."""
     dataset = ray.data.from_items([{"prompt": "ab"}], override_num_blocks=1)
     processor = build_processor(make_config(tiny_llama_folder))
     assert processor(processor(dataset)).context.custom_execution_callback_classes == [Pacing]
     slow = ray.data.from_items([{"prompt": "ab"}], override_num_blocks=1).map(answer_slowly)
     slow.context.custom_execution_callback_classes = [CountedLooks]
     assert slow.take_all() == [{"prompt": "ab"}]
-    assert 5 < CountedLooks.number < 30
+    assert 5 < CountedLooks.number < 25
 
 
 def test_rows_have_the_contract_columns_and_strings_are_not_wrapped(tiny_llama_folder: Path) -> None:

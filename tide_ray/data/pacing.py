@@ -1,4 +1,4 @@
-"""How often Ray Data's driver looks after its tasks: less often while nothing happens.
+"""How often Ray Data's driver looks after its tasks: when one of them has something for it, else seldom.
 
 Ray 2.60 looks ten times a second, and asks a helper actor for resources each time. Where the driver shares a machine
 with an engine, every such look interrupts it, and what the other threads of the engine compute waits as well.
@@ -9,24 +9,38 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-FIRST_PAUSE, MOST_PAUSE = 0.05, 0.3
-"""Seconds. Answers take seconds, and actors have batches waiting in them; the pause is what they are found later by."""
+FIRST_PAUSE, MOST_PAUSE = 0.05, 2.0
+"""Seconds. What no task tells of is found as late as this: nodes that came, and actors that have nothing to do."""
 
 
 class Pacing(ExecutionCallback):
-    """Lengthens the pause between looks that find nothing new; after one that does there is none."""
+    """After a look that found nothing new, waits for a task that has something; each time longer, up to MOST_PAUSE."""
 
     def __init__(self) -> None:
         self._seen: tuple[int, ...] = ()
         self._pause = 0.0
+        self._ready: set[Any] = set()
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data's executor in its own thread after each look."""
-        metrics = [operator.metrics for operator in executor._topology]
+        operators = list(executor._topology)
+        metrics = [operator.metrics for operator in operators]
         seen = tuple(count for one in metrics for count in (one.num_tasks_submitted, one.num_outputs_taken))
-        is_quiet = seen == self._seen
-        self._seen = seen
-        self._pause = min(max(2 * self._pause, FIRST_PAUSE), MOST_PAUSE) if is_quiet else 0.0
-        time.sleep(self._pause)
+        if seen != self._seen:
+            self._seen, self._pause = seen, 0.0
+            self._ready.clear()
+            return
+        self._pause = min(max(4 * self._pause, FIRST_PAUSE), MOST_PAUSE)
+        self._wait([task.get_waitable() for operator in operators for task in operator.get_active_tasks()])
+
+    def _wait(self, tasks: list[Any]) -> None:
+        """A task ends one pause: what it has may be left there, where whoever takes it is not yet done."""
+        tasks = [task for task in tasks if task not in self._ready]
+        if not tasks:
+            time.sleep(self._pause)
+        elif ready := ray.wait(tasks, timeout=self._pause, fetch_local=False)[0]:
+            self._ready.update(ready)
+            self._pause = 0.0
