@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-START_RAY = ("tests/ray/", "tests/serve/")
-"""Folders of tests that start Ray; one process runs them all."""
+def _starts_ray(nodeid: str) -> bool:
+    """Tests that start Ray are in folders of this name; one process runs them all."""
+    return "/ray/" in nodeid.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that start Ray come first: their process is the last to be ready. Of them, files that share
     ``ray_cluster`` come last, so that no other finds it running."""
     sharing = {item.path for item in items if _shares_ray(item)}
-    items.sort(key=lambda item: (not item.nodeid.startswith(START_RAY), item.path in sharing))
+    items.sort(key=lambda item: (not _starts_ray(item.nodeid), item.path in sharing))
 
 
 def _shares_ray(item: pytest.Item) -> bool:
@@ -51,8 +52,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith(START_RAY) else nodeid.partition("::")[0]
+            return "ray" if _starts_ray(nodeid) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests, and Ray's would end late
     return ByFile(config, log)
 
 

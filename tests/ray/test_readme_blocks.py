@@ -52,9 +52,9 @@ RUN_BY_A_TEST = {
     "tide-ray query s3://tide/out": "tests/unit/test_object_store_analytics.py",
     "curl -s localhost:8080/metrics": "tests/ray/test_metrics.py",
     "ray job submit": "tests/ray/test_job_submit.py",
-    "tide-ray serve": "tests/serve/test_serve_command.py",
+    "tide-ray serve": "tests/serve/ray/test_serve_command.py",
     "tide-ray api-key": "tests/serve/test_keys.py",
-    "tide-ray batch": "tests/serve/test_batch.py",
+    "tide-ray batch": "tests/serve/ray/test_batch.py",
     'pip install -e ".[cuda]" && tide-ray doctor': "tests/unit/test_doctor.py",
 }
 """The same command with a model and sizes of the test's own."""

@@ -19,7 +19,7 @@ from tide_ray.serve.keys import new_key
 pytestmark = pytest.mark.slow
 
 KEY = new_key()
-CONFIG = Path(__file__).parents[2] / "cluster" / "serve.yaml"
+CONFIG = Path(__file__).parents[3] / "cluster" / "serve.yaml"
 
 
 @pytest.fixture

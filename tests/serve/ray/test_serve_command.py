@@ -49,7 +49,7 @@ def test_greedy_answers_whole_and_streamed_equal_the_offline_engines(served: Ser
 
 
 def test_the_readmes_client_gets_its_answer(served: Served) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     [block] = [found for found in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import openai" in found]
     for written, here in (("http://127.0.0.1:8000", served.url), ('"none"', repr(KEY)), ('"demo"', repr(served.model))):
         assert written in block
