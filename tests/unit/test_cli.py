@@ -53,6 +53,8 @@ def assert_refused(result: Result, *parts: str) -> None:
         (["--keep-columns", "question,answer"], "has no column 'answer'; columns: question, prompt"),
         (["--id-column", "id"], "has no column 'id'; columns: question, prompt"),
         (["--model", "no/such/model/folder"], "model: no such folder or file, got 'no/such/model/folder'"),
+        (["--model", "~nobody-of-that-name/x"], "model: no such folder or file, got '~nobody-of-that-name/x'"),
+        (["--output", "~nobody-of-that-name/x"], "output: no such user's home, got '~nobody-of-that-name/x'"),
         (["--dtype", "int3"], "dtype must be one of auto, float32, bfloat16, float16, got 'int3'"),
         (["--device", "tpu"], "device: "),
         (["--policy", "static"], "policy 'static' needs exactly one of exit_layer, skip_layers, static_cost"),
@@ -97,14 +99,27 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, prompts: Path, flag
     assert_refused(invoke(*arguments, *flags), message)
 
 
-@pytest.mark.parametrize("broken", ["no_config", "no_weights", "not_causal"])
-def test_a_model_folder_that_cannot_run_is_refused(tmp_path: Path, prompts: Path, broken: str) -> None:
+OWN_CODE = {"model_type": "mystery", "auto_map": {"AutoConfig": "configuration.Mystery"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "has_weights", "expected"),
+    [
+        (None, False, "no config.json in"),
+        ({"model_type": "llama"}, False, "no weights"),
+        ({"model_type": "t5"}, True, "'t5'"),
+        ({"model_type": "mystery"}, True, "has a model type that transformers does not know, got 'mystery'"),
+        (OWN_CODE, True, "brings its own modelling code for model type 'mystery'; pass --trust-remote-code"),
+    ],
+)
+def test_a_model_folder_that_cannot_run_is_refused(
+    tmp_path: Path, prompts: Path, config: dict[str, Any] | None, has_weights: bool, expected: str
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    expected = {"no_config": "no config.json", "no_weights": "no weights", "not_causal": "t5"}[broken]
-    if broken != "no_config":
-        (folder / "config.json").write_text(json.dumps({"model_type": "t5" if broken == "not_causal" else "llama"}))
-    if broken == "not_causal":
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if has_weights:
         (folder / "model.safetensors").write_bytes(b"\0" * 64)
     assert_refused(
         invoke("generate", "--model", folder, "--prompts", prompts, "--output", tmp_path / "out"), "model: ", expected

@@ -1,4 +1,4 @@
-"""``load`` of hub ids: the real hub client against a server on this machine that speaks the hub's protocol.
+"""Hub ids, loaded and given to a job: the real hub client against a server here that speaks the hub's protocol.
 
 The client reads its address, cache and offline switch when it is imported, so each situation is one child process.
 """
@@ -23,7 +23,10 @@ from tiny_models import EOS_ID, save_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHILD = """
-import json, sys
+import json, sys, tempfile
+from typer.testing import CliRunner
+from tide_ray.cli import app
+from tide_ray.data.identity import model_identity
 from tide_ray.models.load import load
 from tide_ray.types import UserError
 
@@ -32,10 +35,13 @@ for model, revision in json.loads(sys.argv[1]):
     try:
         loaded = load(model, revision=revision, device="cpu")
     except UserError as error:
-        results.append({"error": str(error)})
+        chosen = ["--model", model, *(["--revision", revision] if revision else [])]
+        done = CliRunner().invoke(app, ["generate", *chosen, "--output", tempfile.mkdtemp() + "/out"])
+        results.append({"error": str(error), "exit_code": done.exit_code, "stderr": done.stderr})
     else:
         facts = {name: getattr(loaded, name) for name in ("fingerprint", "source", "revision", "eos_token_ids")}
-        results.append({**facts, "has_tokenizer": loaded.tokenizer is not None})
+        identity = model_identity(model, revision=revision)
+        results.append({**facts, "has_tokenizer": loaded.tokenizer is not None, "identity": identity})
 print(json.dumps(results))
 """
 
@@ -147,7 +153,8 @@ def test_a_hub_id_without_tokenizer_loads(hub: Hub) -> None:
 
 
 def test_the_default_branch_and_its_commit_are_the_same_model(hub: Hub) -> None:
-    assert hub.online[f"org/tiny@{COMMIT}"]["fingerprint"] == hub.online["org/tiny"]["fingerprint"]
+    for digest in ("fingerprint", "identity"):
+        assert hub.online[f"org/tiny@{COMMIT}"][digest] == hub.online["org/tiny"][digest]
     assert hub.online["org/bare"]["fingerprint"] != hub.online["org/tiny"]["fingerprint"]
 
 
@@ -179,3 +186,12 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, case: str, expected: str) ->
 
 def test_a_hub_repository_without_config_is_one_line(hub: Hub) -> None:
     assert hub.online["org/empty"]["error"] == "model: no config.json in 'org/empty'"
+
+
+@pytest.mark.parametrize("state", ["online", "down", "offline"])
+def test_a_job_says_the_same_before_it_starts(hub: Hub, state: str) -> None:
+    """It reads no weights then, and had ways of its own to find a model, which blamed a wrong revision on the model."""
+    failed = [outcome for outcome in getattr(hub, state).values() if "error" in outcome]
+    assert failed
+    for outcome in failed:
+        assert (outcome["exit_code"], outcome["stderr"]) == (2, f"error: {outcome['error']}\n")

@@ -21,7 +21,7 @@ from tide_ray.calibrate.sweep_task import LOADING, Task
 from tide_ray.data.identity import model_identity
 from tide_ray.data.storage import commit_file
 from tide_ray.exits.checkpoint_files import routers_identity
-from tide_ray.models.load import DEMO
+from tide_ray.models.find import DEMO
 from tide_ray.types import UserError
 
 SOURCE_FIELDS = ("prompts", "text", "prompt_column", "num_prompts")

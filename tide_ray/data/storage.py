@@ -44,7 +44,10 @@ def storage_path(value: str | StoragePath, field: str) -> StoragePath:
     if isinstance(value, ObjectPath):
         return value
     if "://" not in str(value):
-        return Path(value).expanduser()
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise UserError(f"{field}: no such user's home, got {str(value)!r}") from None
     url = str(value)
     scheme, _, rest = url.partition("://")
     if "@" in rest.partition("/")[0]:

@@ -8,39 +8,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tide_kernels import gpu
 from tide_ray.config import DTYPES, check_choice
-from tide_ray.models.demo import demo_model_path
-from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, read_json, weight_files
-from tide_ray.models.pretrained import (
-    gated_message,
-    no_network_message,
-    read_config,
-    read_model,
-    read_tokenizer,
-    unknown_id_message,
-)
+from tide_ray.models.find import ModelSource, check_config_file, find_model
+from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, weight_files
+from tide_ray.models.pretrained import read_config, read_model, read_tokenizer
 from tide_ray.models.supported import check_supported
 from tide_ray.types import UserError
 
-DEMO = "demo"
-_GGUF = ".gguf"
-_HUB_TIMEOUT_S = 30.0
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_PATH_LIKE = re.compile(r"[./~]|.*(/.*/|\\|\.(gguf|safetensors|bin|json)$)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,40 +46,6 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where the files are: a folder, one .gguf file in a folder, or a hub repository at a commit."""
-
-    name: str
-    folder: Path | None = None
-    gguf_file: str | None = None
-    revision: str | None = None
-    commit: str | None = None
-    is_online: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``from_pretrained`` that name this source."""
-        # Without local_files_only the client retries for most of a minute when there is no network.
-        options: dict[str, Any] = {"revision": self.revision, "local_files_only": not self.is_online}
-        return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
-
-    def file(self, name: str) -> Path | None:
-        """The local path of one file of this source, downloaded if need be; None when it does not exist."""
-        found = cached_file(
-            self.name,
-            name,
-            **self.options,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return None if found is None else Path(found)
-
-    def existing(self, names: Iterable[str]) -> list[Path]:
-        return [path for path in map(self.file, names) if path is not None]
 
 
 class LoadSettings(Protocol):
@@ -145,11 +97,11 @@ def load(
     torch_dtype = resolve_dtype(dtype, torch_device)
     with missing_kernels_as_user_errors():
         gpu.runs(torch_device, torch_dtype)
-    source = _find(given, revision)
+    source = find_model(given, revision)
     options: dict[str, Any] = {**source.options, "trust_remote_code": trust_remote_code}
     weights: list[Path] = []
     if source.gguf_file is None:
-        _check_config_file(source, trust_remote_code)
+        check_config_file(source, trust_remote_code)
         weights = weight_files(source.folder) if source.folder is not None else []
     elif source.folder is not None:
         weights = [source.folder / source.gguf_file]
@@ -185,7 +137,7 @@ def load_tokenizer(
     Raises:
         UserError: the model cannot be found, or its tokenizer cannot be read.
     """
-    source = _find(os.fspath(model), revision)
+    source = find_model(os.fspath(model), revision)
     return _tokenizer(source, {**source.options, "trust_remote_code": trust_remote_code})
 
 
@@ -223,63 +175,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _find(given: str, revision: str | None) -> _Source:
-    if given == DEMO:
-        path = demo_model_path()
-        return _Source(name=str(path), folder=path)
-    path = Path(os.path.expanduser(given))
-    if given and os.path.isdir(path):  # os.path says no where Path raises, e.g. for a name that is too long
-        return _Source(name=str(path), folder=path)
-    if given.endswith(_GGUF) and os.path.isfile(path):
-        return _Source(name=str(path.parent), folder=path.parent, gguf_file=path.name)
-    if given and os.path.exists(path):
-        raise UserError(f"model must be a hub id, a folder, a .gguf file or 'demo', got the file {given!r}")
-    if not given or _PATH_LIKE.match(given):
-        raise UserError(f"model: no such folder or file, got {given!r}")
-    return _find_on_hub(given, revision)
-
-
-def _tokenizer(source: _Source, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(source: ModelSource, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     has_tokenizer = source.gguf_file is not None or any(source.file(name) for name in TOKENIZER_FILES)
     return read_tokenizer(source.name, **options) if has_tokenizer else None
-
-
-def _find_on_hub(name: str, revision: str | None) -> _Source:
-    api, is_online = HfApi(), True
-    try:
-        api.model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
-    except GatedRepoError as error:
-        raise UserError(gated_message(name)) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"revision: no such branch, tag or commit of {name!r}, got {revision!r}") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(unknown_id_message(name)) from error
-    except Exception:  # whatever the hub client's HTTP library raises: what is in the cache still works
-        is_online = False
-    try:
-        resolved = api.resolve_revision(name, revision=revision, local_files_only=not is_online)
-    except Exception as error:
-        raise UserError(no_network_message(name)) from error
-    return _Source(name=name, revision=resolved, commit=resolved.resolved, is_online=is_online)
-
-
-def _check_config_file(source: _Source, trust_remote_code: bool) -> None:
-    path = source.file("config.json")
-    if path is None and source.folder is None and not source.is_online:
-        raise UserError(no_network_message(source.name))
-    if path is None:
-        raise UserError(f"model: no config.json in {source.name!r}")
-    raw = read_json(path)
-    model_type, auto_map = raw.get("model_type"), raw.get("auto_map")
-    if model_type in CONFIG_MAPPING:
-        return
-    if auto_map and not trust_remote_code:
-        raise UserError(
-            f"model: {source.name!r} brings its own modelling code for model type {model_type!r}; "
-            "pass --trust-remote-code (trust_remote_code=True) to run it"
-        )
-    if not auto_map:
-        raise UserError(f"model: {source.name!r} has a model type that transformers does not know, got {model_type!r}")
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

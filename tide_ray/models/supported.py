@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 
 from tide_ray.types import UserError
 
-ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 ALIBI_MODEL_TYPES = frozenset({"bloom", "mpt"})
 _OTHER_HEAD = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|ForMultipleChoice")
 
