@@ -20,12 +20,13 @@ class Driver:
         self.tasks: list[str] = []
         self.ready: set[str] = set()
         self.operators = [self._operator(), self._operator()]
+        self.is_over = False
         self._pacing = Pacing()
         monkeypatch.setattr(pacing.time, "sleep", self.pauses.append)
         monkeypatch.setattr(pacing.ray, "wait", self._wait)
 
     def _operator(self) -> SimpleNamespace:
-        metrics = SimpleNamespace(num_tasks_submitted=1, num_outputs_taken=0)
+        metrics = SimpleNamespace(num_tasks_submitted=1, num_tasks_finished=0, num_outputs_taken=0)
         return SimpleNamespace(metrics=metrics, get_active_tasks=self._active)
 
     def _active(self) -> list[SimpleNamespace]:
@@ -40,7 +41,7 @@ class Driver:
         """The pauses after each look."""
         before = len(self.pauses)
         for _ in range(times):
-            self._pacing.on_execution_step(SimpleNamespace(_topology=self.operators))
+            self._pacing.on_execution_step(SimpleNamespace(_topology=self.operators, _shutdown=self.is_over))
         return self.pauses[before:]
 
 
@@ -49,9 +50,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return Driver(monkeypatch)
 
 
-@pytest.mark.parametrize("tasks", [[], ["answering"]])
-def test_pauses_grow_while_nothing_happens_and_end_with_what_does(driver: Driver, tasks: list[str]) -> None:
-    driver.tasks = tasks
+def test_pauses_grow_while_nothing_happens_and_end_with_what_does(driver: Driver) -> None:
+    driver.tasks = ["answering"]
     assert driver.look() == [], "the first look sees what was not there before"
     pauses = driver.look(8)
     assert pauses[:2] == [FIRST_PAUSE, 4 * FIRST_PAUSE]
@@ -62,6 +62,20 @@ def test_pauses_grow_while_nothing_happens_and_end_with_what_does(driver: Driver
     assert driver.look() == []
     driver.operators[0].metrics.num_tasks_submitted += 1
     assert driver.look(2) == [FIRST_PAUSE]
+    driver.operators[0].metrics.num_tasks_finished += 1
+    assert driver.look(2) == [FIRST_PAUSE]
+
+
+def test_without_a_task_to_wait_for_looks_stay_frequent(driver: Driver) -> None:
+    """Output waits for whoever reads the data set, and no task tells that some was taken."""
+    assert driver.look(9) == [FIRST_PAUSE] * 8
+
+
+def test_an_execution_that_is_over_is_not_held_up(driver: Driver) -> None:
+    driver.tasks = ["answering"]
+    driver.look(9)
+    driver.is_over = True
+    assert driver.look() == []
 
 
 def test_a_task_that_has_something_ends_a_pause_at_once(driver: Driver) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-FIRST_PAUSE, MOST_PAUSE = 0.05, 2.0
-"""Seconds. What no task tells of is found as late as this: nodes that came, and actors that have nothing to do."""
+FIRST_PAUSE, MOST_PAUSE = 0.05, 1.0
+"""Seconds. What no task tells of is found as late as this: nodes that came, actors that have nothing to do, and that
+nobody wants the data set any more (Ray gives this thread two seconds to end then)."""
+
+COUNTS = ("num_tasks_submitted", "num_tasks_finished", "num_outputs_taken")
 
 
 class Pacing(ExecutionCallback):
@@ -26,9 +29,10 @@ class Pacing(ExecutionCallback):
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data's executor in its own thread after each look."""
+        if executor._shutdown:
+            return
         operators = list(executor._topology)
-        metrics = [operator.metrics for operator in operators]
-        seen = tuple(count for one in metrics for count in (one.num_tasks_submitted, one.num_outputs_taken))
+        seen = tuple(getattr(operator.metrics, name) for operator in operators for name in COUNTS)
         if seen != self._seen:
             self._seen, self._pause = seen, 0.0
             self._ready.clear()
@@ -39,8 +43,8 @@ class Pacing(ExecutionCallback):
     def _wait(self, tasks: list[Any]) -> None:
         """A task ends one pause: what it has may be left there, where whoever takes it is not yet done."""
         tasks = [task for task in tasks if task not in self._ready]
-        if not tasks:
-            time.sleep(self._pause)
+        if not tasks:  # then what goes on is up to whoever takes the output, who tells nobody
+            time.sleep(FIRST_PAUSE)
         elif ready := ray.wait(tasks, timeout=self._pause, fetch_local=False)[0]:
             self._ready.update(ready)
             self._pause = 0.0
