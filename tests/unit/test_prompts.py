@@ -127,6 +127,21 @@ def test_messages_token_ids_and_params_of_a_row_are_kept(tmp_path: Path) -> None
     assert third["prompt_token_ids"] == [3, 4]
 
 
+def test_an_empty_message_is_one(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "hi"}]
+    [row] = snapshot_rows(tmp_path, write_jsonl(tmp_path / "in.jsonl", [{"messages": messages}]))
+    assert (row["error"], json.loads(row["messages"])) == ("", messages)
+
+
+@pytest.mark.parametrize("start", ["[", "\n [", "\ufeff["])
+def test_a_json_array_is_not_read_line_by_line(tmp_path: Path, start: str) -> None:
+    """Every line of one was a rejected row, and the job ended well with no answer."""
+    source = tmp_path / "in.json"
+    source.write_text(start + '{"prompt": "a"},\n{"prompt": "b"}]\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"prompts: .*in.json' is a JSON array, one object per line is needed"):
+        snapshot_rows(tmp_path, source)
+
+
 def test_nulls_that_arrow_adds_to_structs_are_not_values(tmp_path: Path) -> None:
     """Parquet gives every struct the keys of all rows; a null max_tokens must mean the default, not an error."""
     table = pa.table(

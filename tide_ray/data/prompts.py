@@ -72,7 +72,11 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         raise UserError("messages must be a non-empty list of {role, content}")
     messages = []
     for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message.get("content"):
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or message.get("content") is None
+        ):
             raise UserError("messages must be a non-empty list of {role, content}")
         # Arrow gives every message the keys of all messages; the absent ones are null.
         messages.append({key: item for key, item in message.items() if item is not None})

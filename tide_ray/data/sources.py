@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from tide_ray.types import UserError
 
 ROWS_PER_BATCH = 1024
 ROWS_TO_PEEK = 100
+BYTES_TO_PEEK = 4096
 TEXT_COLUMN = "text"
 
 
@@ -102,6 +104,12 @@ class LineSource:
         self.is_text = is_text
         self._path = path
         _check_readable(path)
+        if path.name.removesuffix(".gz").endswith(".json") and self._starts_an_array():
+            raise UserError(f"prompts: {self.name!r} is a JSON array, one object per line is needed (jq -c '.[]')")
+
+    def _starts_an_array(self) -> bool:
+        with self._open() as stream:
+            return stream.read(BYTES_TO_PEEK).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
 
     @property
     def columns(self) -> list[str]:
