@@ -6,6 +6,7 @@ here; ``exit_layers`` and ``token_times_us`` are ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
@@ -18,6 +19,16 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 MAX_LOGPROBS = 100
 MAX_COMPLETIONS = 64
 REQUEST_POLICIES = ("full", "router", "confidence")
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "detokenize": (True, False),
+}
+"""vLLM's sampling parameters that are not known here, and where they ask for what is done anyway: ``detokenize`` false
+spares vLLM the text, which is made here always."""
 
 
 class UserError(ValueError):
@@ -43,7 +54,7 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than ``min_p`` times the likeliest, in [0, 1].
         repetition_penalty: > 1 discourages tokens seen in the prompt or the output (arXiv 1909.05858).
-        max_tokens: most tokens to generate.
+        max_tokens: most tokens to generate; None: as many as the engine's ``max_model_len`` leaves room for.
         min_tokens: EOS, stop ids and stop strings are ignored before this many tokens.
         stop: strings that end the text; the match and what follows are cut from it.
         stop_token_ids: further ids that end generation, beside the model's EOS ids.
@@ -65,7 +76,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -97,9 +108,9 @@ class SamplingParams:
         self._check_ranges()
 
     def _check_types(self) -> None:
-        integers = ("top_k", "max_tokens", "min_tokens", "n")
+        integers = ("top_k", "min_tokens", "n")
         optional = ("exit_threshold", "max_disagreement")
-        for name in (*integers, "seed", "logprobs", "exit_min_depth"):
+        for name in (*integers, "max_tokens", "seed", "logprobs", "exit_min_depth"):
             value = getattr(self, name)
             if value is None and name not in integers:
                 continue
@@ -127,8 +138,8 @@ class SamplingParams:
             ("top_k", self.top_k >= -1, "-1, 0 or positive"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "in (0, 100]"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "from 0 to max_tokens"),
             ("n", 1 <= self.n <= MAX_COMPLETIONS, f"from 1 to {MAX_COMPLETIONS}"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
             ("exit_threshold", self.exit_threshold is None or 0 <= self.exit_threshold <= 1, "in [0, 1]"),
@@ -143,12 +154,20 @@ class SamplingParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Build from a mapping, refusing unknown names (a misspelt parameter must not be silently ignored)."""
+        """Build from a mapping, refusing unknown names (a misspelt parameter must not be silently ignored).
+
+        Names of vLLM's that are not known here may have the values that change nothing.
+        """
         known = {f.name for f in fields(cls)}
+        values = {name: value for name, value in values.items() if value not in NEUTRAL_VALUES.get(name, ())}
         for name in values:
             if name not in known:
                 raise UserError(f"sampling_params: unknown parameter {name!r}; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+    def most_tokens(self, room: int) -> int:
+        """``max_tokens``, or ``room`` where that is less."""
+        return room if self.max_tokens is None else min(self.max_tokens, room)
 
     @property
     def is_greedy(self) -> bool:

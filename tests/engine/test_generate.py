@@ -123,9 +123,10 @@ def test_more_completions_than_places_are_all_answered(make_engine: MakeEngine) 
 # ---- limits ----
 
 
+@pytest.mark.parametrize("max_tokens", [1000, None])
 @pytest.mark.parametrize("prompt_length", [90, 95])
-def test_max_model_len_ends_an_answer_as_length(engine: TideEngine, prompt_length: int) -> None:
-    params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+def test_max_model_len_ends_an_answer_as_length(engine: TideEngine, prompt_length: int, max_tokens: int | None) -> None:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     completion = engine.generate(list(range(5, 5 + prompt_length)), params)[0].outputs[0]
     assert prompt_length + len(completion.token_ids) == engine.max_model_len == 96
     assert completion.finish_reason == "length"

@@ -32,8 +32,7 @@ def make_config(model: Path, **settings: Any) -> TideProcessorConfig:
 def ask(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["question"]}],
-        "sampling_params": {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True},
-        "number": row["number"],
+        "sampling_params": {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, "detokenize": False},
     }
 
 
@@ -43,13 +42,15 @@ def test_preprocess_and_postprocess_work_as_in_ray_data_llm(tiny_llama_folder: P
         make_config(tiny_llama_folder),
         preprocess=ask,
         postprocess=lambda row: {"number": row["number"], "answer": row["generated_text"], "prompt": row["prompt"]},
+        preprocess_map_kwargs={"num_cpus": 0.5},
+        postprocess_map_kwargs={"num_cpus": 0.25},
     )
     rows = sorted(processor(dataset).take_all(), key=lambda row: row["number"])
     assert [set(row) for row in rows] == [{"number", "answer", "prompt"}] * 10
     engine = TideEngine.from_pretrained(str(tiny_llama_folder), EngineConfig(**ENGINE))
     for row in rows:
         asked = ask({"question": f"why {row['number']}?", "number": 0})
-        expected = engine.generate(asked["messages"], SamplingParams(**asked["sampling_params"]))[0]
+        expected = engine.generate(asked["messages"], SamplingParams.from_mapping(asked["sampling_params"]))[0]
         assert row["answer"] == expected.outputs[0].text
         assert row["prompt"] == expected.prompt
 
@@ -95,16 +96,16 @@ def test_rows_have_the_contract_columns_and_strings_are_not_wrapped(tiny_llama_f
     assert len({row["batch_uuid"] for row in rows}) == 1
 
 
-def test_a_rejected_row_keeps_the_schema_or_raises(tiny_llama_folder: Path) -> None:
+def test_a_rejected_row_stays_whole_or_raises(tiny_llama_folder: Path) -> None:
     items = [{"prompt": "ok", "sampling_params": {"max_tokens": 2}}, {"prompt": "long " * 50, "sampling_params": {}}]
     dataset = ray.data.from_items(items)
     config = make_config(tiny_llama_folder, should_continue_on_error=True)
-    rows = build_processor(config, postprocess=lambda row: {"error": row[ERROR_COLUMN], "text": row["generated_text"]})(
-        dataset
-    ).take_all()
-    errors = sorted(row["error"] for row in rows)
-    assert errors[0] == ""
-    assert "prompt must have at most 127 tokens" in errors[1]
+    answered = build_processor(config, postprocess=lambda row: {"first": row["generated_text"][0]})(dataset)
+    good, bad = sorted(answered.take_all(), key=lambda row: row[ERROR_COLUMN])
+    assert good[ERROR_COLUMN] == ""
+    assert len(good["first"]) == 1
+    assert "prompt must have at most 127 tokens" in bad[ERROR_COLUMN]
+    assert bad["prompt"] == "long " * 50
     with pytest.raises(ray.exceptions.RayTaskError, match="prompt must have at most 127 tokens"):
         build_processor(make_config(tiny_llama_folder))(dataset).take_all()
 

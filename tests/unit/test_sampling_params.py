@@ -31,7 +31,6 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("repetition_penalty", 101.0),
     ("repetition_penalty", float("nan")),
     ("max_tokens", 0),
-    ("max_tokens", None),
     ("max_tokens", 1.5),
     ("min_tokens", -1),
     ("min_tokens", "1"),
@@ -112,6 +111,20 @@ def test_a_misspelt_name_in_a_mapping_is_refused_with_the_known_names() -> None:
     with pytest.raises(UserError, match=r"unknown parameter 'max_token'; known: .*max_tokens"):
         SamplingParams.from_mapping({"max_token": 3})
     assert SamplingParams.from_mapping({"max_tokens": 3, "temperature": 0.0}).is_greedy
+
+
+def test_max_tokens_may_be_whatever_there_is_room_for() -> None:
+    assert SamplingParams(max_tokens=None, min_tokens=99).most_tokens(room=100) == 100
+    assert SamplingParams(max_tokens=7).most_tokens(room=100) == 7
+    assert SamplingParams(max_tokens=700).most_tokens(room=100) == 100
+
+
+def test_names_of_vllm_that_change_nothing_may_stand_there() -> None:
+    """The example of ray.data.llm's own documentation has ``detokenize=False``."""
+    asked = {"temperature": 0.3, "max_tokens": 20, "detokenize": False, "presence_penalty": 0.0, "stop": ["."]}
+    assert SamplingParams.from_mapping(asked) == SamplingParams(temperature=0.3, max_tokens=20, stop=(".",))
+    with pytest.raises(UserError, match="unknown parameter 'presence_penalty'"):
+        SamplingParams.from_mapping({"presence_penalty": 0.5})
 
 
 def test_params_cannot_be_changed_after_the_checks() -> None:

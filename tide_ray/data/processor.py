@@ -7,7 +7,7 @@ columns of ``result_rows.RESULT_SCHEMA`` beside their own. Strings are used as t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,9 +21,8 @@ from tide_ray.data.actor import Generator, GeneratorOptions
 from tide_ray.data.nodes import ACCELERATOR_PREFIX, ACCELERATOR_SHARE, check_labels, live_nodes
 from tide_ray.data.pacing import Pacing
 from tide_ray.data.placement import Placement, plan_placement, wait_for_placement
+from tide_ray.data.row_functions import RowFunction, unless_rejected, with_request
 from tide_ray.types import UserError
-
-RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
 ROWS_IN_FLIGHT_PER_RESIDENT = 4
 USUAL_RESIDENTS = 256
@@ -134,6 +133,8 @@ class Processor:
         preprocess: RowFunction | None = None,
         postprocess: RowFunction | None = None,
         *,
+        preprocess_map_kwargs: Mapping[str, Any] | None = None,
+        postprocess_map_kwargs: Mapping[str, Any] | None = None,
         options: GeneratorOptions | None = None,
         num_rows: int | None = None,
         generator: type[Generator] = Generator,
@@ -141,6 +142,8 @@ class Processor:
         self.config = config
         self._preprocess = preprocess
         self._postprocess = postprocess
+        self._preprocess_map_kwargs = dict(preprocess_map_kwargs or {})
+        self._postprocess_map_kwargs = dict(postprocess_map_kwargs or {})
         self._options = options or GeneratorOptions(
             apply_chat_template=config.apply_chat_template, continues_on_error=config.should_continue_on_error
         )
@@ -150,9 +153,12 @@ class Processor:
     def __call__(self, dataset: Dataset) -> Dataset:
         """The processed data set. Raises UserError if the cluster cannot place the actors."""
         if self._preprocess is not None:
-            dataset = dataset.map(self._preprocess)
+            dataset = dataset.map(with_request(self._preprocess), **self._preprocess_map_kwargs)
         dataset = self._generate(dataset)
-        return dataset if self._postprocess is None else dataset.map(self._postprocess)
+        if self._postprocess is None:
+            return dataset
+        kept = unless_rejected(self._postprocess, adds_error=self.config.should_continue_on_error)
+        return dataset.map(kept, **self._postprocess_map_kwargs)
 
     def placed(self) -> Placement:
         """Where actors go. Raises UserError if the cluster cannot place them."""
@@ -238,13 +244,26 @@ def _ask_autoscaler(bundles: Sequence[Mapping[str, float]], *, labels: Mapping[s
 
 
 def build_processor(
-    config: TideProcessorConfig, preprocess: RowFunction | None = None, postprocess: RowFunction | None = None
+    config: TideProcessorConfig,
+    preprocess: RowFunction | None = None,
+    postprocess: RowFunction | None = None,
+    preprocess_map_kwargs: Mapping[str, Any] | None = None,
+    postprocess_map_kwargs: Mapping[str, Any] | None = None,
 ) -> Processor:
-    """A callable from data set to data set.
+    """A callable from data set to data set, as ``ray.data.llm.build_processor`` makes.
 
     Args:
         config: model and actors.
-        preprocess: a row to a row with ``messages``, ``prompt`` or ``prompt_token_ids``, and ``sampling_params``.
-        postprocess: a generated row to the row to keep; rejected rows go through it too and have the same columns.
+        preprocess: from a row to what is added to it: ``messages``, ``prompt`` or ``prompt_token_ids``, and
+            ``sampling_params``. All other columns are carried over.
+        postprocess: from a generated row to the row to keep. With ``should_continue_on_error`` a rejected row passes it
+            by, whole, and every row has the column ``__inference_error__``, empty where nothing went wrong.
+        preprocess_map_kwargs, postprocess_map_kwargs: what else ``Dataset.map`` is given, e.g. ``num_cpus``.
     """
-    return Processor(config, preprocess, postprocess)
+    return Processor(
+        config,
+        preprocess,
+        postprocess,
+        preprocess_map_kwargs=preprocess_map_kwargs,
+        postprocess_map_kwargs=postprocess_map_kwargs,
+    )

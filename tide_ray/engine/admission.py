@@ -66,7 +66,7 @@ class RequestMaker:
                 params=params,
                 seed=seed + index,
                 stop_ids=frozenset((*eos, *params.stop_token_ids)),
-                max_tokens=min(params.max_tokens, self._max_model_len - len(prompt_ids)),
+                max_tokens=params.most_tokens(self._max_model_len - len(prompt_ids)),
                 arrival_us=arrival,
                 exit_rules=rules,
                 detokenizer=make_detokenizer(self._model.tokenizer, params, streaming=streaming),

@@ -99,7 +99,7 @@ class Certificate:
                 raise UserError(f"{name}: max_disagreement is certified for {certified!r} only, got {value!r}")
         if params.exit_policy not in (None, "router"):
             raise UserError(f"exit_policy: max_disagreement is certified for 'router' only, got {params.exit_policy!r}")
-        if params.max_tokens > self.max_tokens:
+        if params.max_tokens is None or params.max_tokens > self.max_tokens:
             raise UserError(
                 f"max_tokens: max_disagreement is certified for answers of up to {self.max_tokens} tokens, "
                 f"got {params.max_tokens}"

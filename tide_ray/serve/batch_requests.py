@@ -109,7 +109,7 @@ def _rows(number: int, custom_id: str, url: str, call: Call, most_tokens: int) -
     params = {name: value for name, value in dataclasses.asdict(call.params).items() if value is not None}
     params |= {
         "n": 1,
-        "max_tokens": call.params.max_tokens if call.has_limit else min(call.params.max_tokens, most_tokens),
+        "max_tokens": call.params.max_tokens if call.has_limit else call.params.most_tokens(most_tokens),
     }
     for prompt_index, prompt in enumerate(call.prompts):
         column = "messages" if url == CHAT_URL else "prompt" if isinstance(prompt, str) else "prompt_token_ids"

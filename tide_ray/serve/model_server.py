@@ -214,20 +214,20 @@ class ModelServer:
             raise _TooLongError(
                 f"the model's context is {longest} tokens, the prompt has {num_prompt_tokens} and leaves no room"
             )
-        cap = self._limits.max_completion_tokens
-        if not call.has_limit:
+        cap, asked = self._limits.max_completion_tokens, params.max_tokens
+        if not call.has_limit or asked is None:
             certificate = self._certificate(params)
             limits = (room, cap, None if certificate is None else certificate.max_tokens)
-            tokens = min(limit for limit in (params.max_tokens, *limits) if limit is not None)
+            tokens = min(limit for limit in (asked, *limits) if limit is not None)
             return dataclasses.replace(params, max_tokens=tokens)
-        if params.max_tokens > room:
+        if asked > room:
             raise _TooLongError(
                 f"the model's context is {longest} tokens, the prompt has {num_prompt_tokens}: "
-                f"max_tokens must be at most {room}, got {params.max_tokens}",
+                f"max_tokens must be at most {room}, got {asked}",
                 "max_tokens",
             )
-        if cap is not None and params.max_tokens > cap:
-            raise UserError(f"max_tokens must be at most {cap} on this server, got {params.max_tokens}")
+        if cap is not None and asked > cap:
+            raise UserError(f"max_tokens must be at most {cap} on this server, got {asked}")
         return params
 
     def _certificate(self, params: SamplingParams) -> Certificate | None:
