@@ -25,7 +25,7 @@ from references import loaded
 from tide_ray import EngineConfig, TideEngine, UserError
 from tide_ray.engine.selfcheck import selfcheck
 from tide_ray.models.adapter import Adapter
-from tiny_models import TINY_ARCHITECTURES, build_tiny_model
+from tiny_models import MAX_POSITIONS, TINY_ARCHITECTURES, build_tiny_model
 
 CONFIG = EngineConfig(page_size=4, max_model_len=32, max_num_seqs=2)
 
@@ -34,6 +34,26 @@ CONFIG = EngineConfig(page_size=4, max_model_len=32, max_num_seqs=2)
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 def test_every_listed_architecture_passes(architecture: str, dtype: torch.dtype) -> None:
     selfcheck(Adapter(build_tiny_model(architecture).to(dtype)))
+
+
+def tiny_phimoe(window: int | None) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        "phimoe", vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=128, sliding_window=window,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_a_window_that_only_the_mask_has_limits_the_context() -> None:
+    """Packed rows have no mask: PhiMoE's tokens saw all before them, and the check's prompts are shorter than that."""
+    engine = TideEngine(loaded(tiny_phimoe(window=32)), EngineConfig(max_num_seqs=2))
+    assert engine.max_model_len == 32
+    with pytest.raises(UserError, match="max_model_len"):
+        TideEngine(loaded(tiny_phimoe(window=32)), EngineConfig(max_num_seqs=2, max_model_len=64))
+    assert TideEngine(loaded(tiny_phimoe(window=None)), EngineConfig(max_num_seqs=2)).max_model_len == 128
+    mistral = TideEngine(loaded(build_tiny_model("mistral")), EngineConfig(max_num_seqs=2))
+    assert mistral.max_model_len == MAX_POSITIONS, "its attention is asked for the window"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -65,9 +65,8 @@ class TideEngine:
         self.certificate = certificate = certificate_of(config, routers)
         stops_as_certified = certificate is not None and certificate.prefill_threshold is not None
         stages = plan_stages(config, adapter.num_layers, routers.depths if routers is not None else ())
-        if config.selfcheck:
-            selfcheck(adapter)
-        plan = plan_memory(config, adapter, model_limit=position_limit(adapter.config))
+        windows = selfcheck(adapter) if config.selfcheck else None
+        plan = plan_memory(config, adapter, model_limit=position_limit(adapter.config, windows))
         self.num_layers = adapter.num_layers
         self.max_model_len = plan.max_model_len
         self.max_num_seqs = plan.max_num_seqs

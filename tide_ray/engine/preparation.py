@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,11 +83,15 @@ def runs_ahead(config: EngineConfig, runner: Runner) -> bool:
     return is_wanted and allows
 
 
-def position_limit(config: Any) -> int:
+def position_limit(config: Any, windows: Collection[int] | None = None) -> int:
     """How many positions a model may see: its trained length; scaled rotary models keep to their unscaled length.
 
     Dynamic and long-context rotary scaling make a token's rotation depend on how long its sequence (or its batch)
-    is; within the unscaled length they agree with the plain tables.
+    is; within the unscaled length they agree with the plain tables. A model that has its window in the mask alone
+    (PhiMoE) keeps to it: packed rows have no mask, and within the window none is needed.
+
+    Args:
+        windows: what attention is asked for, see ``selfcheck``; None: not known.
     """
     limit = getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
     rope = getattr(config, "rope_parameters", None) or {}
@@ -95,4 +99,13 @@ def position_limit(config: Any) -> int:
     for kind in kinds:
         if kind.get("rope_type") in ("dynamic", "longrope"):
             limit = min(limit, kind.get("original_max_position_embeddings") or limit)
+    if windows and not any(windows):
+        limit = min(limit, _window(config) or limit)
     return int(limit)
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window of a configuration, None where it says that no layer has one."""
+    kinds = getattr(config, "layer_types", None)
+    is_on = getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
+    return (getattr(config, "sliding_window", None) or None) if is_on else None

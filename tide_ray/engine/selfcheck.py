@@ -23,8 +23,8 @@ TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @torch.inference_mode()
-def selfcheck(adapter: Adapter) -> None:
-    """Compare; return nothing when all parts agree.
+def selfcheck(adapter: Adapter) -> set[int]:
+    """Compare; returns the windows that attention was asked for, 0 among them where it was asked for all tokens.
 
     Raises:
         UserError: naming the model class and the first part that differs from ``model.forward``.
@@ -33,7 +33,8 @@ def selfcheck(adapter: Adapter) -> None:
     vocab = adapter.config.vocab_size
     prompts = [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in LENGTHS]
     native = [_native_states(adapter, prompt) for prompt in prompts]
-    packed = _packed_states(adapter, prompts, native)
+    windows: set[int] = set()
+    packed = _packed_states(adapter, prompts, native, windows)
     tolerance = TOLERANCE[adapter.dtype]
     names = ["embedding or positions", *(f"layer {i}" for i in range(adapter.num_layers)), "final norm", "head"]
     for part, name in enumerate(names):
@@ -48,6 +49,21 @@ def selfcheck(adapter: Adapter) -> None:
                         f"model: {type(adapter.model).__name__} differs from its own forward at the {name} in {kind} "
                         f"(relative error {error:.2g}, sequence {row}); this architecture is not supported"
                     )
+    return windows
+
+
+class _WatchedCache(LaunchCache):
+    """Notes the windows that it is asked for."""
+
+    def __init__(self, pools: KVCache, rows: RowBatch, windows: set[int]) -> None:
+        super().__init__(pools, rows)
+        self._windows = windows
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, window: int
+    ) -> Tensor:
+        self._windows.add(window)
+        return super().attend(query, key, value, scale=scale, softcap=softcap, window=window)
 
 
 def _native_states(adapter: Adapter, prompt: list[int]) -> list[Tensor]:
@@ -74,7 +90,9 @@ def _native_states(adapter: Adapter, prompt: list[int]) -> list[Tensor]:
     return [*boundaries, normed, logits]
 
 
-def _packed_states(adapter: Adapter, prompts: list[list[int]], native: list[list[Tensor]]) -> list[list[Tensor]]:
+def _packed_states(
+    adapter: Adapter, prompts: list[list[int]], native: list[list[Tensor]], asked_windows: set[int]
+) -> list[list[Tensor]]:
     """The same states through packed rows, each from the native one before: a chunked joint prefill, then decode."""
     pages_each = -(-max(LENGTHS) // PAGE_SIZE)
     pools = KVCache(
@@ -100,7 +118,7 @@ def _packed_states(adapter: Adapter, prompts: list[list[int]], native: list[list
         ]
         by_row = attends_by_row(adapter.device, adapter.dtype)
         rows = build_rows(spans, PAGE_SIZE, adapter.device, by_row=by_row)
-        states = _launch(adapter, pools, rows, given)
+        states = _launch(adapter, _WatchedCache(pools, rows, asked_windows), rows, given)
         row = 0
         for index, span in enumerate(spans):
             collected[index].append([state[row : row + len(span.token_ids)] for state in states])
@@ -108,9 +126,8 @@ def _packed_states(adapter: Adapter, prompts: list[list[int]], native: list[list
     return [[torch.cat(parts) for parts in zip(*launches, strict=True)] for launches in collected]
 
 
-def _launch(adapter: Adapter, pools: KVCache, rows: RowBatch, given: list[Tensor]) -> list[Tensor]:
+def _launch(adapter: Adapter, cache: LaunchCache, rows: RowBatch, given: list[Tensor]) -> list[Tensor]:
     """What each part makes of ``given``, the native states of the rows: one ``[N, ...]`` per boundary."""
-    cache = LaunchCache(pools, rows)
     hidden, calls = adapter.prologue(rows.token_ids, rows.positions, cache)
     states = [hidden[0]]
     for layer, call in enumerate(calls):
