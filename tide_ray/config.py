@@ -73,7 +73,8 @@ class EngineConfig:
             boundary is asked within it; ``on``: on a CPU as well, where nothing is gained; ``off``.
         num_threads: CPU threads; None keeps torch's choice.
         seed: base of the seeds of sampled requests that bring none.
-        selfcheck: compare with the model's own forward at load, and refuse a model that differs.
+        selfcheck: compare with the model's own forward at load, refuse a model that differs, and find windows that only
+            its mask has.
     """
 
     dtype: str = "auto"

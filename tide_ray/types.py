@@ -25,10 +25,13 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "detokenize": (True, False),
+    "detokenize": (True, False, None),
+    "prompt_logprobs": (None,),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
 }
-"""vLLM's sampling parameters that are not known here, and where they ask for what is done anyway: ``detokenize`` false
-spares vLLM the text, which is made here always."""
+"""vLLM's sampling parameters that are not known here, with the values that ask for what is done anyway; ``detokenize``
+false spares vLLM the text, which is made here always."""
 
 
 class UserError(ValueError):
@@ -54,7 +57,8 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than ``min_p`` times the likeliest, in [0, 1].
         repetition_penalty: > 1 discourages tokens seen in the prompt or the output (arXiv 1909.05858).
-        max_tokens: most tokens to generate; None: as many as the engine's ``max_model_len`` leaves room for.
+        max_tokens: most tokens to generate; None: as many as the engine's ``max_model_len`` leaves room for (in rows of
+            data sets, where Arrow adds nulls of its own, a null is the default).
         min_tokens: EOS, stop ids and stop strings are ignored before this many tokens.
         stop: strings that end the text; the match and what follows are cut from it.
         stop_token_ids: further ids that end generation, beside the model's EOS ids.

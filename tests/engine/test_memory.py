@@ -123,7 +123,7 @@ def test_no_memory_at_all_is_refused(adapter: Adapter, monkeypatch: pytest.Monke
 def test_a_length_above_the_models_positions_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         TideEngine(loaded(build_tiny_model("llama")), EngineConfig(max_model_len=MAX_POSITIONS + 1))
-    assert str(caught.value) == "max_model_len must be at most the model's 256 positions, got 257"
+    assert str(caught.value) == "max_model_len must be at most the model's limit of 256 tokens, got 257"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox", "falcon", "gemma3_text", "phi3"])

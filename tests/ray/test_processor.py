@@ -106,6 +106,9 @@ def test_a_rejected_row_stays_whole_or_raises(tiny_llama_folder: Path) -> None:
     assert len(good["first"]) == 1
     assert "prompt must have at most 127 tokens" in bad[ERROR_COLUMN]
     assert bad["prompt"] == "long " * 50
+    again = build_processor(config, preprocess=lambda row: {"prompt": row["first"] + "?"})(answered)
+    errors = {row["prompt"]: row[ERROR_COLUMN] for row in again.take_all()}
+    assert errors == {good["first"] + "?": "", bad["prompt"]: bad[ERROR_COLUMN]}, "a later step leaves it alone"
     with pytest.raises(ray.exceptions.RayTaskError, match="prompt must have at most 127 tokens"):
         build_processor(make_config(tiny_llama_folder))(dataset).take_all()
 

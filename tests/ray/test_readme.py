@@ -19,7 +19,7 @@ from tide_ray.cli import app
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BENCHMARK = Path(__file__).parents[2] / "jobs" / "benchmark.py"
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-"""The one that asks a server is run beside one, in tests/serve."""
+"""The one that asks a server is run beside one, in tests/serve/ray."""
 
 
 @pytest.fixture(scope="module")

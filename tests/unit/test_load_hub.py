@@ -36,7 +36,8 @@ for model, revision in json.loads(sys.argv[1]):
         loaded = load(model, revision=revision, device="cpu")
     except UserError as error:
         chosen = ["--model", model, *(["--revision", revision] if revision else [])]
-        done = CliRunner().invoke(app, ["generate", *chosen, "--output", tempfile.mkdtemp() + "/out"])
+        with tempfile.TemporaryDirectory() as scratch:
+            done = CliRunner().invoke(app, ["generate", *chosen, "--output", scratch + "/out"])
         results.append({"error": str(error), "exit_code": done.exit_code, "stderr": done.stderr})
     else:
         facts = {name: getattr(loaded, name) for name in ("fingerprint", "source", "revision", "eos_token_ids")}

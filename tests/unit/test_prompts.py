@@ -133,12 +133,21 @@ def test_an_empty_message_is_one(tmp_path: Path) -> None:
     assert (row["error"], json.loads(row["messages"])) == ("", messages)
 
 
-@pytest.mark.parametrize("start", ["[", "\n [", "\ufeff["])
-def test_a_json_array_is_not_read_line_by_line(tmp_path: Path, start: str) -> None:
+@pytest.mark.parametrize(("name", "start"), [("in.json", "["), ("in.json", "\n ["), ("IN.JSON", "\ufeff[")])
+def test_a_json_array_is_not_read_line_by_line(tmp_path: Path, name: str, start: str) -> None:
     """Every line of one was a rejected row, and the job ended well with no answer."""
-    source = tmp_path / "in.json"
+    source = tmp_path / name
     source.write_text(start + '{"prompt": "a"},\n{"prompt": "b"}]\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"prompts: .*in.json' is a JSON array, one object per line is needed"):
+    with pytest.raises(UserError, match=rf"prompts: .*{name}' is a JSON array, one object per line is needed"):
+        snapshot_rows(tmp_path, source)
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.gz"])
+@pytest.mark.parametrize(("content", "reason"), [(b'{"prompt": "a"}', "Not a gzipped file"), (None, "ended before")])
+def test_a_broken_gzip_file_is_one_line(tmp_path: Path, suffix: str, content: bytes | None, reason: str) -> None:
+    source = tmp_path / f"in{suffix}"
+    source.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20] if content is None else content)
+    with pytest.raises(UserError, match=rf"prompts: cannot read '.*{suffix}': .*{reason}"):
         snapshot_rows(tmp_path, source)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tide_ray.data.row_functions import unless_rejected, with_request
+from tide_ray.data.row_functions import RowFunction, unless_rejected, with_request
 from tide_ray.data.schema import ERROR_COLUMN
 
 
@@ -15,12 +15,24 @@ def test_columns_that_preprocess_does_not_name_are_carried_over() -> None:
     assert add({"id": 3, "tag": "a"}) == {"id": "3", "tag": "a", "prompt": "3 ** 3 = ?"}
 
 
-@pytest.mark.parametrize("made", [{"prompt": "b"}, {"messages": [{"role": "user", "content": "b"}]}])
-def test_a_prompt_takes_the_place_of_all_that_the_row_had(made: dict[str, Any]) -> None:
-    """Rows of an earlier step have ``prompt_token_ids``, which would go before."""
+def set_in_place(row: dict[str, Any]) -> dict[str, Any]:
+    row["prompt"] = "b"
+    return row
+
+
+@pytest.mark.parametrize("preprocess", [lambda row: {"prompt": "b"}, lambda row: {**row, "prompt": "b"}, set_in_place])
+def test_a_prompt_takes_the_place_of_all_that_the_row_had(preprocess: RowFunction) -> None:
+    """Rows of an earlier step have ``prompt_token_ids``, which would go before, and were answered once more."""
     row = {"prompt": "a", "prompt_token_ids": [1], "messages": None, "tag": "a"}
-    assert with_request(lambda row: made)(row) == {"tag": "a", **made}
+    assert with_request(preprocess)(dict(row)) == {"tag": "a", "prompt": "b"}
+    assert with_request(lambda row: {"prompt": row["prompt"]})(row) == {"tag": "a", "prompt": "a"}
     assert with_request(lambda row: {"extra": 1})(row) == {**row, "extra": 1}
+    assert with_request(lambda row: {**row, "extra": 1})(row) == {**row, "extra": 1}
+
+
+def test_a_row_that_an_earlier_step_rejected_is_asked_for_nothing() -> None:
+    rejected = {"answer": None, ERROR_COLUMN: "prompt too long"}
+    assert with_request(lambda row: {"prompt": row["answer"].upper()})(rejected) == rejected
 
 
 def test_rejected_rows_pass_postprocess_by() -> None:

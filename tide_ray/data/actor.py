@@ -151,7 +151,7 @@ class Generator:
         if self._drain is not None and await self._drain.is_requested():
             yield attach(batch, [None] * batch.num_rows, self._options.optional_columns)
             return
-        wanted = ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN, self._options.ledger_key)
+        wanted = ("prompt", "messages", "prompt_token_ids", PARAMS_COLUMN, self._options.ledger_key, ERROR_COLUMN)
         names = [name for name in wanted if name in batch.column_names]
         if self._reporter is not None:
             await off_loop(self._reporter.folder, partial(self._reporter.rows_arrived, batch.num_rows))
@@ -184,6 +184,8 @@ class Generator:
         return await self._drain.run(lambda: self._generate(row, batch_uuid))
 
     async def _generate(self, row: dict[str, Any], batch_uuid: str) -> dict[str, Any]:
+        if error := row.get(ERROR_COLUMN):  # by an earlier step of the pipeline
+            return failed_row(row, error, batch_uuid)
         start = time.perf_counter()
         try:
             prompt, params = self._request(row)

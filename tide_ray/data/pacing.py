@@ -13,8 +13,8 @@ import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 FIRST_PAUSE, MOST_PAUSE = 0.05, 1.0
-"""Seconds. What no task tells of is found as late as this: nodes that came, actors that have nothing to do, and that
-nobody wants the data set any more (Ray gives this thread two seconds to end then)."""
+"""Seconds. What no task tells of is found as late as this: nodes that came, actors that have nothing to do, output that
+was taken, and that nobody wants the data set any more (Ray gives this thread two seconds to end then)."""
 
 COUNTS = ("num_tasks_submitted", "num_tasks_finished", "num_outputs_taken")
 

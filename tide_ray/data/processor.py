@@ -139,6 +139,9 @@ class Processor:
         num_rows: int | None = None,
         generator: type[Generator] = Generator,
     ) -> None:
+        for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
+            if isinstance(function, type):
+                raise UserError(f"{name} must be a function of a row, got the class {function.__name__}")
         self.config = config
         self._preprocess = preprocess
         self._postprocess = postprocess
@@ -254,10 +257,11 @@ def build_processor(
 
     Args:
         config: model and actors.
-        preprocess: from a row to what is added to it: ``messages``, ``prompt`` or ``prompt_token_ids``, and
-            ``sampling_params``. All other columns are carried over.
+        preprocess: from a row to what is added to it: ``messages``, ``prompt`` or ``prompt_token_ids``, in place of all
+            of these that the row had, and ``sampling_params``, whose nulls are defaults. Others are carried over.
         postprocess: from a generated row to the row to keep. With ``should_continue_on_error`` a rejected row passes it
-            by, whole, and every row has the column ``__inference_error__``, empty where nothing went wrong.
+            by, whole, as it does all later steps, and every row has the column ``__inference_error__``, empty where
+            nothing went wrong.
         preprocess_map_kwargs, postprocess_map_kwargs: what else ``Dataset.map`` is given, e.g. ``num_cpus``.
     """
     return Processor(

@@ -104,7 +104,7 @@ class LineSource:
         self.is_text = is_text
         self._path = path
         _check_readable(path)
-        if path.name.removesuffix(".gz").endswith(".json") and self._starts_an_array():
+        if path.name.lower().removesuffix(".gz").endswith(".json") and self._starts_an_array():
             raise UserError(f"prompts: {self.name!r} is a JSON array, one object per line is needed (jq -c '.[]')")
 
     def _starts_an_array(self) -> bool:
@@ -145,22 +145,22 @@ class LineSource:
             raise UserError(f"keep_columns: column {name!r} of {self.name!r}: {one_line(error)}") from None
 
     def _rows(self) -> Iterator[SourceRow]:
-        try:
-            with self._open() as stream:
-                for number, line in enumerate(stream, start=1):
-                    if row := self._parse(line, number):
-                        yield row
-        except (OSError, EOFError) as error:
-            raise UserError(f"prompts: cannot read {self.name!r}: {one_line(error)}") from None
+        with self._open() as stream:
+            for number, line in enumerate(stream, start=1):
+                if row := self._parse(line, number):
+                    yield row
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO | gzip.GzipFile]:
-        with self._path.open("rb") as stream:
-            if self._path.suffix == ".gz":
-                with gzip.open(stream, "rb") as unpacked:
-                    yield unpacked
-            else:
-                yield stream
+        try:
+            with self._path.open("rb") as stream:
+                if self._path.suffix == ".gz":
+                    with gzip.open(stream, "rb") as unpacked:
+                        yield unpacked
+                else:
+                    yield stream
+        except (OSError, EOFError) as error:
+            raise UserError(f"prompts: cannot read {self.name!r}: {one_line(error)}") from None
 
     def _parse(self, line: bytes, number: int) -> SourceRow | None:
         place = f"{self.name} line {number}"

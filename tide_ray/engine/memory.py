@@ -102,7 +102,7 @@ def plan_memory(config: EngineConfig, adapter: Adapter, *, model_limit: int) -> 
     """
     wanted_len = config.max_model_len or min(model_limit, DEFAULT_MODEL_LEN)
     if wanted_len > model_limit:
-        raise UserError(f"max_model_len must be at most the model's {model_limit} positions, got {wanted_len}")
+        raise UserError(f"max_model_len must be at most the model's limit of {model_limit} tokens, got {wanted_len}")
     max_num_seqs = config.max_num_seqs or KNEE[adapter.device.type]
     per_page = page_bytes(adapter.kv_shapes, config.page_size, adapter.dtype)
     affordable = int(free_memory(adapter.device) * config.kv_memory_fraction) // per_page

@@ -1,4 +1,4 @@
-"""Where a model's files are, found before any is read for what it holds: here, or on the hub at a commit."""
+"""Where a model's files are: on this machine, or on the hub at a commit. No weights are read."""
 
 from __future__ import annotations
 

@@ -23,12 +23,13 @@ from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint_files import read_certificates
 from tide_ray.files import appearing
 from tide_ray.serve.batch_requests import CHAT_URL, KEPT, custom_id_of, lines_of, write_rows
-from tide_ray.serve.calls import AS_MANY_AS_FIT, PARAM_NAMES
+from tide_ray.serve.calls import PARAM_NAMES
 from tide_ray.serve.errors import Failure, from_user_error
 from tide_ray.serve.responses import Answer, ChatWriter, CompletionWriter, fingerprint_text
 from tide_ray.types import CompletionOutput, RequestOutput, UserError
 
 FOLDER_SUFFIX = ".job"
+AS_MANY_AS_FIT = 2**31 - 1
 _FIXED = (
     "prompts",
     "prompt_column",

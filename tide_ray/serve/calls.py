@@ -13,7 +13,6 @@ from tide_ray.types import Prompt, SamplingParams, UserError
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, for completions; chat answers go on to the end."""
-AS_MANY_AS_FIT = 2**31 - 1
 
 PARAM_NAMES = {
     "exit_threshold": "tide.threshold",
@@ -62,7 +61,7 @@ def chat_call(body: ChatCompletionRequest) -> Call | Failure:
     messages = [message.plain() for message in body.messages]
     limit = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _call("chatcmpl", body, (messages,), limit=limit, default=AS_MANY_AS_FIT, logprobs=logprobs)
+    return _call("chatcmpl", body, (messages,), limit=limit, default=None, logprobs=logprobs)
 
 
 def _call(
@@ -71,7 +70,7 @@ def _call(
     prompts: tuple[Prompt, ...],
     *,
     limit: int | None,
-    default: int,
+    default: int | None,
     logprobs: int | None,
 ) -> Call | Failure:
     if body.stream_options is not None and not body.stream:
