@@ -185,7 +185,7 @@ class Generator:
 
     async def _generate(self, row: dict[str, Any], batch_uuid: str) -> dict[str, Any]:
         if error := row.get(ERROR_COLUMN):  # by an earlier step of the pipeline
-            return failed_row(row, error, batch_uuid)
+            return failed_row(row, error, batch_uuid) | {"prompt": row.get("prompt")}
         start = time.perf_counter()
         try:
             prompt, params = self._request(row)
