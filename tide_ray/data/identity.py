@@ -6,7 +6,7 @@ No weights are loaded, so a wrong name costs a second instead of a cluster's sta
 from __future__ import annotations
 
 from tide_ray.models.find import check_config_file, find_model
-from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, weight_files
+from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint
 from tide_ray.models.pretrained import read_config
 from tide_ray.models.supported import check_supported
 
@@ -18,12 +18,11 @@ def model_identity(model: str, *, revision: str | None = None, trust_remote_code
         UserError: the model cannot be found, its files are incomplete, or the engine cannot run its architecture.
     """
     source = find_model(model, revision)
-    folder = source.folder
-    if folder is not None and source.gguf_file is not None:
-        return fingerprint(descriptions=[], weights=[folder / source.gguf_file], commit=None, eos_token_ids=())
+    if source.gguf_file is not None:
+        return fingerprint(descriptions=[], weights=source.weights(), commit=None, eos_token_ids=())
     check_config_file(source, trust_remote_code)
-    weights = weight_files(folder) if folder is not None else []
+    weights = source.weights()
     check_supported(read_config(source.name, **source.options, trust_remote_code=trust_remote_code))
     names = ("config.json", "generation_config.json", *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
-    descriptions = [folder / name for name in names if (folder / name).is_file()] if folder is not None else []
+    descriptions = source.existing(names) if source.folder is not None else []  # of a hub model the commit says it all
     return fingerprint(descriptions=descriptions, weights=weights, commit=source.commit, eos_token_ids=())

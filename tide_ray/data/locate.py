@@ -20,7 +20,8 @@ from tide_ray.types import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+JSON_SUFFIX = ".json"
+JSON_SUFFIXES = (".jsonl", ".ndjson", JSON_SUFFIX)
 TEXT_SUFFIXES = (".txt", ".text")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 CSV_SUFFIXES = (".csv", ".tsv")
@@ -98,7 +99,10 @@ def _file_source(path: StoragePath, text_columns: Sequence[str]) -> Source:
     if kind in CSV_SUFFIXES:
         return csv_source(path, text_columns)
     if kind in JSON_SUFFIXES or kind in TEXT_SUFFIXES:
-        return LineSource(path, is_text=kind in TEXT_SUFFIXES)
+        source = LineSource(path, is_text=kind in TEXT_SUFFIXES)
+        if kind == JSON_SUFFIX and source.starts_an_array():
+            raise UserError(f"prompts: {source.name!r} is a JSON array, one object per line is needed (jq -c '.[]')")
+        return source
     raise UserError(f"prompts: {str(path)!r} is none of {', '.join(SUFFIXES)}")
 
 

@@ -104,10 +104,9 @@ class LineSource:
         self.is_text = is_text
         self._path = path
         _check_readable(path)
-        if path.name.lower().removesuffix(".gz").endswith(".json") and self._starts_an_array():
-            raise UserError(f"prompts: {self.name!r} is a JSON array, one object per line is needed (jq -c '.[]')")
 
-    def _starts_an_array(self) -> bool:
+    def starts_an_array(self) -> bool:
+        """Whether the file is one JSON array, as far as its first character tells."""
         with self._open() as stream:
             return stream.read(BYTES_TO_PEEK).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
 

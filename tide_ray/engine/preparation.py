@@ -105,7 +105,7 @@ def position_limit(config: Any, windows: Collection[int] | None = None) -> int:
 
 
 def _window(config: Any) -> int | None:
-    """The sliding window of a configuration, None where it says that no layer has one."""
+    """The sliding window of a configuration, None or 0 where it says that no layer has one."""
     kinds = getattr(config, "layer_types", None)
     is_on = getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
-    return (getattr(config, "sliding_window", None) or None) if is_on else None
+    return getattr(config, "sliding_window", None) if is_on else None

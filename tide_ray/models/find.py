@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from tide_ray.models.demo import demo_model_path
-from tide_ray.models.fingerprint import read_json
+from tide_ray.models.fingerprint import read_json, weight_files
 from tide_ray.models.pretrained import gated_message, no_network_message, unknown_id_message
 from tide_ray.types import UserError
 
@@ -57,6 +57,12 @@ class ModelSource:
 
     def existing(self, names: Iterable[str]) -> list[Path]:
         return [path for path in map(self.file, names) if path is not None]
+
+    def weights(self) -> list[Path]:
+        """The weight files, none of a hub repository. Raises UserError for a folder where some are missing."""
+        if self.folder is None:
+            return []
+        return weight_files(self.folder) if self.gguf_file is None else [self.folder / self.gguf_file]
 
 
 def find_model(given: str, revision: str | None) -> ModelSource:

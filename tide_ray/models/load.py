@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tide_kernels import gpu
 from tide_ray.config import DTYPES, check_choice
 from tide_ray.models.find import ModelSource, check_config_file, find_model
-from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint, weight_files
+from tide_ray.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, fingerprint
 from tide_ray.models.pretrained import read_config, read_model, read_tokenizer
 from tide_ray.models.supported import check_supported
 from tide_ray.types import UserError
@@ -99,12 +98,9 @@ def load(
         gpu.runs(torch_device, torch_dtype)
     source = find_model(given, revision)
     options: dict[str, Any] = {**source.options, "trust_remote_code": trust_remote_code}
-    weights: list[Path] = []
     if source.gguf_file is None:
         check_config_file(source, trust_remote_code)
-        weights = weight_files(source.folder) if source.folder is not None else []
-    elif source.folder is not None:
-        weights = [source.folder / source.gguf_file]
+    weights = source.weights()
 
     config = read_config(source.name, **options)
     check_supported(config)

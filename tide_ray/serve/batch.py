@@ -30,6 +30,7 @@ from tide_ray.types import CompletionOutput, RequestOutput, UserError
 
 FOLDER_SUFFIX = ".job"
 AS_MANY_AS_FIT = 2**31 - 1
+"""In a row, where null is the job's own limit."""
 _FIXED = (
     "prompts",
     "prompt_column",
