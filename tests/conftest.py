@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from object_store import S3Server
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_CLOCK = (time.time, time.monotonic, time.sleep)
 
 
 def _starts_ray(nodeid: str) -> bool:
@@ -65,6 +67,14 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _the_process_keeps_its_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test may replace a module's ``time``, not what is in it. A server that other tests share runs meanwhile: its
+    event loop once looked at a clock that had jumped back to 100 s, and slept for the difference."""
+    yield
+    assert (time.time, time.monotonic, time.sleep) == _CLOCK
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +76,13 @@ def running(models: dict[str, ModelServer], **config: Any) -> Iterator[Running]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=lambda: asyncio.run(uvicorn_server.serve(sockets=[listener])))
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await uvicorn_server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     try:
         while not uvicorn_server.started:
@@ -84,7 +93,19 @@ def running(models: dict[str, ModelServer], **config: Any) -> Iterator[Running]:
         uvicorn_server.should_exit = True
         thread.join(timeout=30)
         listener.close()
-    assert not thread.is_alive(), "the server did not end"
+    assert not thread.is_alive(), f"the server did not end: {_what_is_left(uvicorn_server, thread, *loops)}"
+
+
+def _what_is_left(server: uvicorn.Server, thread: threading.Thread, loop: asyncio.AbstractEventLoop) -> str:
+    """Where the server's thread is, what its tasks wait for, and its connections."""
+    text = io.StringIO()
+    traceback.print_stack(sys._current_frames()[thread.ident or 0], file=text)
+    for task in asyncio.all_tasks(loop):
+        task.print_stack(file=text)
+    for connection in server.server_state.connections:
+        cycle = getattr(connection, "cycle", None)
+        print(connection, getattr(connection, "transport", None), vars(cycle) if cycle else "no request", file=text)
+    return text.getvalue()
 
 
 def llm_config(name: str, folder: Path, *, engine: dict[str, Any] | None = None, **values: Any) -> LLMConfig:

@@ -22,8 +22,8 @@ class Driver:
         self.operators = [self._operator(), self._operator()]
         self.is_over = False
         self._pacing = Pacing()
-        monkeypatch.setattr(pacing.time, "sleep", self.pauses.append)
-        monkeypatch.setattr(pacing.ray, "wait", self._wait)
+        monkeypatch.setattr(pacing, "time", SimpleNamespace(sleep=self.pauses.append))
+        monkeypatch.setattr(pacing, "ray", SimpleNamespace(wait=self._wait))
 
     def _operator(self) -> SimpleNamespace:
         metrics = SimpleNamespace(num_tasks_submitted=1, num_tasks_finished=0, num_outputs_taken=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tide_ray.data import reports as reports_module
 from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.reports import Reporter, Reports
 from tide_ray.data.run_facts import prefix_hit_rate
@@ -19,8 +21,8 @@ def batch(rows: int, tokens: int) -> dict[str, int]:
 def test_the_job_sums_all_actors_and_counts_time_from_first_rows_to_last_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([10.0, 12.0, 15.0, 19.0])
-    monkeypatch.setattr("tide_ray.data.reports.time.time", lambda: next(clock))
+    times = iter([10.0, 12.0, 15.0, 19.0])
+    monkeypatch.setattr(reports_module, "time", SimpleNamespace(time=lambda: next(times)))
     first, second = (Reporter(str(tmp_path / "reports"), name) for name in ("a", "b"))
     for reporter in (first, second):
         reporter.engine_started({"model": "demo", "device": "cpu", "max_num_seqs": 8}, 4.5, node="n1")
