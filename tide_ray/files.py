@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Paths as users write them, and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tide_ray.types import UserError
+
+
+def local_path(value: str | Path, field: str) -> Path:
+    """The path that a user wrote for the setting ``field``, which may begin with ``~``. Nothing is looked up.
+
+    Raises:
+        UserError: it begins with ``~NAME`` and there is no such user.
+    """
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise UserError(f"{field}: no such user's home, got {str(value)!r}") from None
 
 
 @contextmanager

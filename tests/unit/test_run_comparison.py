@@ -115,9 +115,13 @@ def test_the_command_prints_a_summary_and_writes_the_page(out: Path, other: Path
         assert text in " ".join(done.stdout.split()), text
     assert Page(page).text.count("Slowest rows") == 2
     assert Page(page).text.count("Who leaves early") == 1, "nobody at full depth"
-    done = CliRunner().invoke(app, ["report", str(out), "--output", str(tmp_path / "no" / "page.html")])
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: output: cannot write")
+    for file, message in (
+        (str(tmp_path / "no" / "page.html"), "error: output: cannot write"),
+        ("~nobody-of-that-name/page.html", "error: output: no such user's home, got"),
+    ):
+        done = CliRunner().invoke(app, ["report", str(out), "--output", file])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(message)
 
 
 def test_the_entry_point_for_a_cluster_is_the_command(tmp_path: Path) -> None:

@@ -218,6 +218,10 @@ def test_bad_settings_are_refused_by_entry_field_and_value(values: dict[str, obj
         (["--labels", "zone"], "labels must be NAME=VALUE separated by commas, got 'zone'"),
         (["--model", "demo", "--model", "demo", "--prompts", "no.jsonl"], "prompts: file not found: 'no.jsonl'"),
         (["--model", "demo", "--workers", "2", "--address", "127.0.0.1:1"], "address: nobody answers at"),
+        (
+            ["--model", "demo", "--model", "demo", "--output", "~nobody-of-that-name/x"],
+            "output: no such user's home, got '~nobody-of-that-name/x'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, flags: list[str], message: str) -> None:

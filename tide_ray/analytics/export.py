@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tide_ray.config import check_choice
-from tide_ray.files import appearing
+from tide_ray.files import appearing, local_path
 from tide_ray.types import UserError
 
 MAX_TABLE_ROWS = 1000
@@ -94,7 +94,7 @@ def choose_format(name: str | None, output: str | None) -> str:
 def whole_file(output: str) -> Iterator[BinaryIO]:
     """A stream whose file appears complete or not at all. Raises UserError where it cannot be written."""
     try:
-        with appearing(Path(output).expanduser()) as unfinished, unfinished.open("wb") as stream:
+        with appearing(local_path(output, "output")) as unfinished, unfinished.open("wb") as stream:
             yield stream
     except OSError as error:
         raise UserError(f"output: cannot write {output!r}: {error.strerror or error}") from None

@@ -13,6 +13,7 @@ from tide_ray.analytics import plots, tables
 from tide_ray.analytics.comparison import compare
 from tide_ray.analytics.dataset import Analytics
 from tide_ray.analytics.measures import measure, sample
+from tide_ray.files import local_path
 from tide_ray.pages.drawing import data_uri
 from tide_ray.pages.page import write_page
 from tide_ray.types import UserError
@@ -100,7 +101,7 @@ def write_report(file: str | Path, report: Report) -> Path:
         "notes": report.notes,
     }
     try:
-        return write_page(Path(file).expanduser(), "tide_ray.analytics", "analysis.html", page)
+        return write_page(local_path(file, "output"), "tide_ray.analytics", "analysis.html", page)
     except OSError as error:
         raise UserError(f"output: cannot write {str(file)!r}: {error.strerror}") from None
 

@@ -35,6 +35,7 @@ from tide_ray.data.lock import locked
 from tide_ray.data.run_facts import software_versions
 from tide_ray.data.storage import commit_file
 from tide_ray.exits.checkpoint_files import check_output_folder
+from tide_ray.files import local_path
 from tide_ray.types import UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -55,7 +56,7 @@ def run_sweep(config: SweepConfig, console: Console | None = None) -> int:
         console = Console(stderr=True)
         if not console.is_terminal:
             console = Console(stderr=True, width=LOG_WIDTH)
-    output = Path(config.output).expanduser().resolve()
+    output = local_path(config.output, "output").resolve()
     work = _make_folder(output)
     with locked(output):
         # Writers of an attempt that is over have their temporary files here; without it they cannot commit any more.

@@ -21,6 +21,7 @@ from tide_ray.calibrate.sweep_task import LOADING, Task
 from tide_ray.data.identity import model_identity
 from tide_ray.data.storage import commit_file
 from tide_ray.exits.checkpoint_files import routers_identity
+from tide_ray.files import local_path
 from tide_ray.models.find import DEMO
 from tide_ray.types import UserError
 
@@ -72,10 +73,11 @@ def located(model: SweepModel, output: Path) -> SweepModel:
     """``model`` with absolute paths: workers may run in another folder."""
     config = model.calibration
     changes: dict[str, Any] = {"output": str(output / model.name)}
-    if config.model != DEMO and Path(config.model).expanduser().exists():
-        changes["model"] = str(Path(config.model).expanduser().resolve())
+    # As find_model has it: what cannot be a path may be a hub id.
+    if config.model != DEMO and os.path.exists(path := os.path.expanduser(config.model)):
+        changes["model"] = os.path.realpath(path)
     if config.text is not None:
-        changes["text"] = str(Path(config.text).expanduser().resolve())
+        changes["text"] = str(local_path(config.text, "text").resolve())
     return model.model_copy(update={"calibration": config.model_copy(update=changes)})
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
 
 from tide_ray.data.object_path import NEW, ChangedError, ObjectPath
+from tide_ray.files import local_path
 from tide_ray.types import UserError
 
 StoragePath: TypeAlias = Path | ObjectPath
@@ -39,15 +40,13 @@ def storage_path(value: str | StoragePath, field: str) -> StoragePath:
     """The path that a user wrote for the setting ``field``. Nothing is looked up.
 
     Raises:
-        UserError: a URL that cannot be one of an object store, or what speaks with them is not installed.
+        UserError: as ``local_path``; a URL that cannot be one of an object store; what speaks with them is not
+            installed.
     """
     if isinstance(value, ObjectPath):
         return value
     if "://" not in str(value):
-        try:
-            return Path(value).expanduser()
-        except RuntimeError:
-            raise UserError(f"{field}: no such user's home, got {str(value)!r}") from None
+        return local_path(value, field)
     url = str(value)
     scheme, _, rest = url.partition("://")
     if "@" in rest.partition("/")[0]:

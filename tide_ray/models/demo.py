@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from tide_ray.files import local_path
 from tide_ray.models.pretrained import quiet_transformers, read_config, read_model, read_tokenizer
 from tide_ray.types import UserError
 
@@ -64,8 +65,8 @@ def unpack_demo_gguf(folder: Path) -> Path:
 
 def _cache_folder() -> Path:
     if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tide-ray"
+        return local_path(given, CACHE_VARIABLE)
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "tide-ray"
 
 
 def _is_complete(folder: Path) -> bool:
