@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tide_ray import UserError
 from tide_ray.models import LoadedModel, load
-from tide_ray.models.load import resolve_device, resolve_dtype
+from tide_ray.models.loading import resolve_device, resolve_dtype
 
 RANDOM = "random:"
 SHAPES: dict[str, dict[str, Any]] = {

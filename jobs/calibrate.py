@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from tide_ray.cli import app
+from tide_ray.cli import main
 
 if __name__ == "__main__":
-    app(["calibrate", *sys.argv[1:]])
+    main(["calibrate", *sys.argv[1:]])

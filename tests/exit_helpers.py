@@ -21,7 +21,7 @@ from tide_ray.exits.gates import NUM_PLACES, Gate, PrefillGate
 from tide_ray.exits.policies import ForcedExits
 from tide_ray.exits.readouts import ExitHead, KVHead
 from tide_ray.models.adapter import KVShape
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 
 NUM_LAYERS = 4
 

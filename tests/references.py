@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tide_ray import RequestOutput, SamplingParams, TideEngine
 from tide_ray.engine.prefix_cache import PrefixCache, PrefixNode
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tiny_models import EOS_ID, TOKENIZER_VOCAB_SIZE, build_tiny_model, tiny_tokenizer
 
 CYCLE = "abcdefghijklmnopqrstuvwxyz é日€😀ABCDEFGHIJKLMNOP"

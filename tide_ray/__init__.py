@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from tide_ray.startup import quick_imports
+
 if TYPE_CHECKING:
     from tide_ray.config import EngineConfig
     from tide_ray.data.processor import TideProcessorConfig, build_processor
@@ -46,7 +48,8 @@ _MODULE_OF = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    with quick_imports():
+        value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
     return value
 
 

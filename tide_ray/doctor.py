@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from tide_kernels import gpu
-from tide_ray.models.load import resolve_device, resolve_dtype
+from tide_ray.models.loading import resolve_device, resolve_dtype
 
 VERSIONS = ("tide-ray", "torch", "transformers", "ray", "numba", "numba-cuda")
 

@@ -6,7 +6,7 @@ import pytest
 
 from references import GREEDY, NUM_PROMPTS, Interrupt, assert_idle, cycle_model, loaded, tokens
 from tide_ray import EngineConfig, RequestOutput, SamplingParams, TideEngine, UserError
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tiny_models import build_tiny_model
 
 

@@ -11,7 +11,7 @@ from exit_helpers import make_routers
 from tide_ray.analytics import load
 from tide_ray.analytics.report import make_report, write_report
 from tide_ray.config import EngineConfig
-from tide_ray.models.load import load_as
+from tide_ray.models.loading import load_as
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
 

@@ -12,7 +12,7 @@ import pytest
 from exit_helpers import make_certificate, make_routers
 from serving import EXITING, MODEL, Running, llm_config, running
 from tide_ray.exits.checkpoint_files import add_certificates
-from tide_ray.models.load import load_as
+from tide_ray.models.loading import load_as
 from tide_ray.serve.backend import Limits
 from tide_ray.serve.model_server import ModelServer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -229,8 +228,7 @@ def test_kernels_that_cannot_be_had_are_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, message: str
 ) -> None:
     monkeypatch.setenv("TIDE_KERNELS", kernels)
-    load = importlib.import_module("tide_ray.models.load")
-    monkeypatch.setattr(load, "resolve_device", lambda _device: torch.device("cuda", 0))
+    monkeypatch.setattr("tide_ray.models.loading.resolve_device", lambda _device: torch.device("cuda", 0))
     monkeypatch.setattr("tide_kernels.gpu.why_not", lambda _index: "the driver is missing")
     result = invoke("import-tide", tmp_path / "router.pt", "--dtype", "bfloat16", "--output", tmp_path / "out")
     assert result.exit_code == 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tide_ray.models.demo import DEMO_REQUIREMENT, DEMO_WHEEL_SHA256, demo_model_path
-from tide_ray.models.load import load
+from tide_ray.models.loading import load
 from tide_ray.types import UserError
 
 MAKE = "from tide_ray.models.demo import demo_model_path; print(demo_model_path())"

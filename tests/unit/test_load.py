@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
-from tide_ray.models.load import load
+from tide_ray.models.loading import load
+from tide_ray.models.supported import is_stateful
 from tide_ray.types import UserError
 from tiny_models import EOS_ID, TINY_ARCHITECTURES, build_tiny_model, save_tiny_model, tiny_tokenizer
 
@@ -318,6 +324,15 @@ def test_models_without_a_key_value_cache_are_refused_by_name(folder: Path, kind
     message = error_of(folder)
     assert message.startswith("model: state-space, linear and other attention without a plain key/value cache")
     assert f"got model type '{kind}'" in message
+
+
+def test_what_keeps_a_state_is_told_without_importing_it() -> None:
+    """For every causal model of transformers: what its source says is what its class says."""
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config_class = CONFIG_MAPPING[kind]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        config = object.__new__(config_class)  # some cannot be made without arguments
+        assert is_stateful(config) == bool(getattr(model_class, "_is_stateful", False)), kind
 
 
 REMOTE_CODE = """

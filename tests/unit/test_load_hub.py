@@ -27,7 +27,7 @@ import json, sys, tempfile
 from typer.testing import CliRunner
 from tide_ray.cli import app
 from tide_ray.data.identity import model_identity
-from tide_ray.models.load import load
+from tide_ray.models.loading import load
 from tide_ray.types import UserError
 
 results = []

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import tide_ray
+from tide_ray.startup import quick_imports
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("datasets", "numpy", "pyarrow", "ray", "tokenizers", "torch", "transformers")
@@ -29,6 +32,49 @@ def test_importing_tide_ray_and_its_params_imports_nothing_heavy(tmp_path: Path)
         f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
     )
     assert json.loads(run_python(code, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        # A configuration brings torch with it, but a model's code, which takes as long again, is for the actors.
+        ("tide_ray.data.job, tide_ray.data.processor, tide_ray.data.identity, tide_ray.serve.run",
+         ["tide_ray.engine.engine", "tide_ray.models.adapter", "transformers.modeling_utils", "numba"]),
+        ("tide_ray.serve.deployment", ["torch", "transformers", "numba"]),  # of which each front is one process
+    ],
+)  # fmt: skip
+def test_who_runs_no_model_does_not_import_what_does(modules: str, unwanted: list[str], tmp_path: Path) -> None:
+    code = f"import sys, {modules}\nprint([name for name in {unwanted!r} if name in sys.modules])"
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+def test_imports_collect_nothing_and_the_collector_goes_on_after_them() -> None:
+    def failing_import() -> None:
+        with quick_imports():
+            assert not gc.isenabled()
+            import_module("tide_ray.no_such_module")
+
+    assert gc.isenabled()
+    with pytest.raises(ModuleNotFoundError):
+        failing_import()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with quick_imports():
+            pass
+        assert not gc.isenabled(), "who had turned it off wants it off"
+    finally:
+        gc.enable()
+
+
+def test_a_command_ends_without_a_last_collection(tmp_path: Path) -> None:
+    code = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"  # the last to be called
+        "from tide_ray.cli import main\n"
+        "main(['--version'])"
+    )
+    assert run_python(code, tmp_path).split() == [tide_ray.__version__, "True"]
 
 
 @pytest.mark.parametrize("name", tide_ray.__all__)

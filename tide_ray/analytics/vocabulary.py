@@ -81,7 +81,7 @@ def token_class(text: str) -> str:
 def _load(model: str | None, revision: str | None) -> Any:
     if model is None:
         raise UserError("the output does not name its model")
-    from tide_ray.models.load import load_tokenizer
+    from tide_ray.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model, revision=revision)
     if tokenizer is None:

@@ -17,7 +17,7 @@ from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.memory import return_freed_memory
 from tide_ray.exits.checkpoint import Routers, as_facts, fingerprint_of
 from tide_ray.exits.checkpoint_files import check_output_folder
-from tide_ray.models.load import load_as
+from tide_ray.models.loading import load_as
 from tide_ray.types import UserError
 
 CANDIDATES = (0.4, 0.53, 0.67, 0.8, 0.87, 0.93)

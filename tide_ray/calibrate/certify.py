@@ -26,7 +26,7 @@ from tide_ray.engine.memory import return_freed_memory
 from tide_ray.exits.certificates import NEVER, Certificate, ExitSetting, guarantee_text
 from tide_ray.exits.checkpoint import FINGERPRINT, Routers, fingerprint_of
 from tide_ray.exits.checkpoint_files import add_certificates, weights_sha256
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import UserError
 
 GROUP = 5

@@ -25,7 +25,7 @@ from tide_ray.exits.checkpoint import Boundary, Routers
 from tide_ray.exits.policies import Scorer
 from tide_ray.exits.rotary import find_rotary
 from tide_ray.models.adapter import Adapter
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import SamplingParams
 
 Progress = Callable[[float], None]

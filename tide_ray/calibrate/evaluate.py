@@ -31,7 +31,7 @@ from tide_ray.engine.engine import TideEngine
 from tide_ray.engine.requests import PromptEncoder
 from tide_ray.exits.certificates import pick
 from tide_ray.exits.checkpoint import Routers
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import Prompt, UserError
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -9,7 +9,7 @@ from typing import Any
 from tide_ray.calibrate.config import CheckpointPrompts
 from tide_ray.calibrate.corpus import as_chat, read_rows
 from tide_ray.exits.checkpoint import Routers
-from tide_ray.models.load import LoadedModel, load
+from tide_ray.models.loading import LoadedModel, load
 from tide_ray.types import Prompt, UserError
 
 

@@ -5,11 +5,13 @@ torch and ray are imported only when a job runs, so that help is instant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from tide_ray.cli import analytics, calibrate, generate, jobs, serve
+from tide_ray.startup import end_quickly
 
 app = typer.Typer(
     name="tide-ray",
@@ -49,6 +51,7 @@ def doctor() -> None:
         typer.echo(f"{name:<12} {finding}")
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script, and of the programs in ``jobs``. None: the arguments of this process."""
+    end_quickly()
+    app(arguments)

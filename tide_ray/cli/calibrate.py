@@ -13,6 +13,7 @@ from tide_ray.cli.errors import errors_as_exit_codes
 from tide_ray.cli.options import COMMAS, LABELS, REPEAT, flag, number, share, split
 from tide_ray.cli.options import labels as parse_labels
 from tide_ray.data.job_config import read_yaml_mapping
+from tide_ray.startup import quick_imports
 
 app = typer.Typer()
 
@@ -77,12 +78,14 @@ def calibrate(
         if is_sweep(values):
             sweep = SweepConfig.build(values)
 
-            from tide_ray.calibrate.sweep import run_sweep
+            with quick_imports():
+                from tide_ray.calibrate.sweep import run_sweep
 
             raise typer.Exit(run_sweep(sweep))
         settings = CalibrationConfig.build(values)
 
-        from tide_ray.calibrate.job import run_calibrate
+        with quick_imports():
+            from tide_ray.calibrate.job import run_calibrate
 
         run_calibrate(settings)
 
@@ -124,7 +127,8 @@ def certify(
             given["epsilons"] = [share("epsilons", text) for text in split(given["epsilons"])]
         settings = CertificationConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
 
-        from tide_ray.calibrate.job import run_certify
+        with quick_imports():
+            from tide_ray.calibrate.job import run_certify
 
         run_certify(settings)
 
@@ -168,7 +172,8 @@ def evaluate(
                 given[name] = [share(name, text) for text in split(given[name])]
         settings = EvaluationConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
 
-        from tide_ray.calibrate.job import run_evaluate
+        with quick_imports():
+            from tide_ray.calibrate.job import run_evaluate
 
         run_evaluate(settings)
 
@@ -192,7 +197,7 @@ def import_tide(
 
         from tide_ray.exits.checkpoint_files import check_output_folder
         from tide_ray.exits.tide_import import import_tide
-        from tide_ray.models.load import load_as
+        from tide_ray.models.loading import load_as
 
         check_output_folder(Path(settings.output))
         loaded = load_as(settings.model, settings)

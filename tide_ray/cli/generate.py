@@ -10,6 +10,7 @@ from tide_ray.cli.errors import errors_as_exit_codes
 from tide_ray.cli.options import COMMAS, LABELS, REPEAT, flag, number, number_or_share, split
 from tide_ray.cli.options import labels as parse_labels
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
+from tide_ray.startup import quick_imports
 
 app = typer.Typer()
 
@@ -121,6 +122,7 @@ def _run(given: dict[str, Any]) -> int:
         given["skip_layers"] = [number("skip_layers", text) for text in split(given["skip_layers"])]
     settings = GenerateJobConfig.build({**(read_yaml_mapping(path) if path else {}), **given})
 
-    from tide_ray.data.job import run_generate
+    with quick_imports():
+        from tide_ray.data.job import run_generate
 
     return run_generate(settings)

@@ -11,6 +11,7 @@ from tide_ray.cli.errors import errors_as_exit_codes
 from tide_ray.cli.options import REPEAT, flag
 from tide_ray.data.job_config import GenerateJobConfig, read_yaml_mapping
 from tide_ray.serve.settings import ServeSettings
+from tide_ray.startup import quick_imports
 
 app = typer.Typer()
 
@@ -72,7 +73,8 @@ def serve(
         settings = ServeSettings.build({**given, **({"ssl_keyfile_password": password} if password else {})})
         args = settings.serving_args(path)
 
-        from tide_ray.serve.run import run_serve
+        with quick_imports():
+            from tide_ray.serve.run import run_serve
 
         raise typer.Exit(run_serve(settings, args))
 

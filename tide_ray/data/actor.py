@@ -4,6 +4,8 @@ Ray runs many ``__call__`` at once, one batch each, all on one event loop. They 
 replaced by a row of whichever batch is next; a batch is yielded whole, rows in input order, once its last row is done.
 (Ray 2.60 collects everything that a call yields before it passes it on, so yielding parts of a batch gains nothing;
 what keeps the engine full behind a slow row is that more batches run at once, see ``processor.concurrent_batches``.)
+
+Drivers import this module to name the class, so what needs torch or transformers' models is imported in the actor.
 """
 
 from __future__ import annotations
@@ -16,14 +18,13 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
 from tide_ray.config import EngineConfig
 from tide_ray.data.drain import Drainable
-from tide_ray.data.engine_guard import GuardedEngine
 from tide_ray.data.ledger import DeathLedger
 from tide_ray.data.logs import JobLog
 from tide_ray.data.metrics import MetricsPublisher
@@ -33,12 +34,13 @@ from tide_ray.data.prompts import PARAMS_COLUMN, parse_messages, parse_sampling_
 from tide_ray.data.reports import Reporter, Reports, engine_counters
 from tide_ray.data.result_rows import attach, failed_row, finished_row, given_prompt
 from tide_ray.data.schema import ERROR_COLUMN, EXITS_ON_COLUMN, SHADOW_LOSS_COLUMN
-from tide_ray.data.shadow import DriftGuard, ShadowOptions
 from tide_ray.data.storage import off_loop
-from tide_ray.engine.engine import TideEngine
-from tide_ray.engine.exit_setup import certificate_of
-from tide_ray.engine.memory import peak_memory
+from tide_ray.startup import quick_imports
 from tide_ray.types import Prompt, SamplingParams, UserError
+
+if TYPE_CHECKING:
+    from tide_ray.data.shadow import DriftGuard, ShadowOptions
+    from tide_ray.engine.engine import TideEngine
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +94,12 @@ class Generator:
     """
 
     def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions) -> None:
-        self._options = options
         start = time.perf_counter()
+        with quick_imports():
+            from tide_ray.data.engine_guard import GuardedEngine
+            from tide_ray.engine.memory import peak_memory
+
+        self._options = options
         context = ray.get_runtime_context()
         self._reporter: Reporter | None = None
         if options.reports_folder is not None:
@@ -113,7 +119,7 @@ class Generator:
                 engine_changed=self._report_engine,
             )
             facts = self.engine.describe()
-            self._device = self.engine.model.device
+            self._peak_memory = partial(peak_memory, self.engine.model.device)
             self._has_chat_template = bool(getattr(self.engine.tokenizer, "chat_template", None))
             self._check_options()
             seconds = time.perf_counter() - start
@@ -142,6 +148,8 @@ class Generator:
         return engine
 
     def _make_engine(self, model: str, config: EngineConfig) -> TideEngine:
+        from tide_ray.engine.engine import TideEngine
+
         engine = TideEngine.from_pretrained(model, config)
         engine.warm_up()
         return engine
@@ -237,6 +245,9 @@ class Generator:
     def _make_drift_guard(self) -> DriftGuard | None:
         if self._options.shadow is None:
             return None
+        from tide_ray.data.shadow import DriftGuard
+        from tide_ray.engine.exit_setup import certificate_of
+
         certificate = certificate_of(self.engine.config, self.engine.routers)
         assert certificate is not None, "the job has checked that there is one"
         return DriftGuard(self._guard, certificate, self._options.shadow, self._log)
@@ -255,7 +266,7 @@ class Generator:
         counters = {} if engine is None else engine_counters(engine.stats)
         exits = None if engine is None else engine.describe_exits()
         drift = None if self._drift is None else self._drift.facts()
-        report = partial(self._reporter.batch_done, totals, counters, exits, peak_memory(self._device), drift)
+        report = partial(self._reporter.batch_done, totals, counters, exits, self._peak_memory(), drift)
         await off_loop(self._reporter.folder, report)
 
     def _report_engine(self, engine: TideEngine) -> None:

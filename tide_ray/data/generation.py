@@ -257,10 +257,10 @@ def generator_options(
 
 def _shadow(config: GenerateJobConfig) -> ShadowOptions | None:
     """How actors watch for drift, or None. Each has a test of its own; as many as there may be keep to one delta."""
-    from tide_ray.data.shadow import ShadowOptions
-
     if config.shadow is None or config.max_disagreement is None or config.exits is None:
         return None
+    from tide_ray.data.shadow import ShadowOptions
+
     certificate = pick(read_certificates(config.exits), config.max_disagreement, config.certified_loss)
     return ShadowOptions(share=config.shadow, seed=config.seed or 0, delta=certificate.delta / config.most_actors)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tide_ray.engine.engine import TideEngine
+if TYPE_CHECKING:
+    from tide_ray.engine.engine import TideEngine
 
 PERIOD_SECONDS = 1.0
 EXPORT_PREFIX, COUNTER_SUFFIX = "ray_", "_total"

@@ -11,7 +11,7 @@ from tide_ray.engine.exit_setup import exit_rules
 from tide_ray.engine.requests import Request, make_detokenizer
 from tide_ray.engine.sequence import Sequence, now_us
 from tide_ray.exits.checkpoint import Routers
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import Prompt, SamplingParams, UserError
 
 

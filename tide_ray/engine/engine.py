@@ -33,7 +33,7 @@ from tide_ray.engine.selfcheck import selfcheck
 from tide_ray.engine.sequence import now_us
 from tide_ray.engine.stages import plan_stages
 from tide_ray.exits.checkpoint import Routers
-from tide_ray.models.load import LoadedModel, load_as, missing_kernels_as_user_errors
+from tide_ray.models.loading import LoadedModel, load_as, missing_kernels_as_user_errors
 from tide_ray.types import EngineStats, Prompt, RequestOutput, SamplingParams
 
 WARM_UP_ROWS = 16

@@ -18,7 +18,7 @@ from tide_ray.exits.checkpoint import Boundary, Routers, fingerprint_of
 from tide_ray.exits.policies import CapacityExits, ExitPolicy, ScoredExits, Scorer
 from tide_ray.exits.rotary import find_rotary
 from tide_ray.models.adapter import Adapter
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import EngineStats, SamplingParams, UserError
 
 NEVER = math.inf

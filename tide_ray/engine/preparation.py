@@ -17,7 +17,7 @@ from tide_ray.engine.stages import Stage
 from tide_ray.models.adapter import Adapter
 from tide_ray.models.fused_norm import fuse_norms
 from tide_ray.models.layer_fusion import fuse_layers, kernels_cover, use_decode_kernel
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.models.packed_linear import can_pack, pack_linears
 
 logger = logging.getLogger(__name__)

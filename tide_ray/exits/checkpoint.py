@@ -34,7 +34,7 @@ from tide_ray.exits.gates import Gate, PrefillGate
 from tide_ray.exits.readouts import ExitHead, KVHead, for_inference, gate_for_inference
 from tide_ray.messages import one_line
 from tide_ray.models.adapter import KVShape
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import UserError
 
 FINGERPRINT = ("model_fingerprint", "revision", "dtype", "kv_policy", "chat_template", "num_layers", "hidden_size")

@@ -17,7 +17,7 @@ from tide_ray.exits.checkpoint import Boundary, Routers, as_facts, fingerprint_o
 from tide_ray.exits.gates import Gate
 from tide_ray.exits.readouts import ExitHead
 from tide_ray.models.adapter import Adapter
-from tide_ray.models.load import LoadedModel
+from tide_ray.models.loading import LoadedModel
 from tide_ray.types import UserError
 
 MAX_BYTES = 1 << 30

@@ -1,5 +1,21 @@
-"""Any causal language model: finding and loading it, and running it over packed rows."""
+"""Any causal language model: finding and loading it, and running it over packed rows.
 
-from tide_ray.models.load import LoadedModel, load
+The names below load on first use: a job's driver looks for a model without ever needing torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tide_ray.models.loading import LoadedModel, load
 
 __all__ = ["LoadedModel", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tide_ray.models import loading
+
+    return getattr(loading, name)

@@ -7,9 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
@@ -17,13 +16,15 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from tide_ray.messages import named
 from tide_ray.types import UserError
+
+if TYPE_CHECKING:  # slow to import, and a job's driver reads only configurations
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextmanager

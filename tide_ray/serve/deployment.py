@@ -28,7 +28,7 @@ from tide_ray.serve.handle_backend import HandleBackend
 from tide_ray.serve.keys import KeyRing, read_keys
 from tide_ray.serve.listener import Address, Listener
 from tide_ray.serve.mailbox import Courier, Item, Label, Mailbox, Sent
-from tide_ray.serve.model_server import ModelServer
+from tide_ray.startup import quick_imports
 from tide_ray.types import RequestOutput, UserError
 
 FRONT = "TideFront"
@@ -50,6 +50,8 @@ class TideModel:
 
     def __init__(self, config: LLMConfig, limits: Limits) -> None:
         log_to_serve()
+        with quick_imports():  # here: a front and the command that starts both need neither torch nor transformers
+            from tide_ray.serve.model_server import ModelServer
         self._server = ModelServer(config, limits)
         self._courier = Courier()
         if config.log_engine_metrics:
