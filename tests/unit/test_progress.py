@@ -13,7 +13,7 @@ from rich.console import Console
 from tide_ray.data import progress
 from tide_ray.data.progress import Bar, JobProgress, Lines, PhaseLines, Standing, clock, display_for
 
-TOTALS = {"engines": 1, "rows": 30, "errors": 0, "tokens": 3000, "depths": 84_000}
+TOTALS = {"engines": 1, "rows": 30, "errors": 0, "tokens": 3000, "depths": 84_000, "seconds": 0.0}
 
 
 class Clock:
@@ -61,6 +61,18 @@ def test_a_job_counts_from_when_its_engines_are_up_and_rows_of_an_earlier_attemp
     assert (now.rows, now.rows_now, now.seconds, now.seconds_left) == (50, 30, 60, 300)
     totals |= {"rows": 190}
     assert job.standing().rows == 200, "a batch that ran twice is one batch of the job's"
+
+
+def test_a_short_job_whose_rows_are_done_when_it_is_first_seen_has_the_speed_that_it_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job of 16 rows began with "60,821,041 tokens/s": all its tokens in the time since the driver had looked."""
+    clock = Clock(monkeypatch)
+    totals = {**TOTALS, "seconds": 1.5}
+    job = JobProgress(Lines(lambda _text, _facts: None), total=30, done=0, read=lambda: totals)
+    assert job.standing().tokens_per_second == 2000
+    clock.now += 0.5
+    assert job.standing().seconds == 2
 
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

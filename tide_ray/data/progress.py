@@ -112,8 +112,8 @@ class JobProgress:
         totals = self._read()
         if not totals["engines"]:
             return None
-        if self._started is None:
-            self._started = time.monotonic()
+        if self._started is None:  # it may be seen late: a short job's rows are done by then
+            self._started = time.monotonic() - totals["seconds"]
         rows_now = min(totals["rows"], self._total - self._done)  # a batch that ran twice counts twice
         seconds = time.monotonic() - self._started
         return Standing(self._done + rows_now, self._total, rows_now, totals["tokens"], totals["depths"], seconds)
