@@ -1,4 +1,4 @@
-"""What GPU kernels need on every architecture, by compiling them without a GPU: one process for each architecture."""
+"""What GPU kernels need on every architecture, by compiling them without a GPU, in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_kernel_resources(architectures: Sequence[str], names: Sequence[str]) -> 
     reason = gpu.why_no_compiler()
     if reason is not None:
         raise UserError(f"GPU kernels cannot be compiled here: {reason}")
-    compiled = [used for architecture in architectures for used in _compiled(architecture, names)]
+    compiled = _compiled(",".join(architectures), names)
     kernels: dict[str, dict[str, Any]] = {}
     for used in compiled:
         entry = kernels.setdefault(
@@ -45,11 +45,11 @@ def run_kernel_resources(architectures: Sequence[str], names: Sequence[str]) -> 
     }
 
 
-def _compiled(architecture: str, names: Sequence[str]) -> list[dict[str, Any]]:
+def _compiled(architectures: str, names: Sequence[str]) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", architecture, *names]
+    command = [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", architectures, *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"architectures: {architecture} cannot be compiled for ({last[0]})")
+        raise UserError(f"architectures: cannot compile for all of {architectures} ({last[0]})")
     return [json.loads(line) for line in done.stdout.splitlines()]

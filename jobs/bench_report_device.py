@@ -60,7 +60,10 @@ def print_kernel_resources_report(facts: dict[str, Any]) -> None:
         table.add_column(architecture, justify="right")
     for name, used in facts["kernels"].items():
         cells = []
-        for architecture, registers in used["registers"].items():
+        for architecture in facts["architectures"]:
+            if (registers := used["registers"].get(architecture)) is None:
+                cells.append("")  # it has none for this one
+                continue
             spilled = used["spill_bytes"][architecture]
             cells.append(f"{registers} / {used['shared_bytes'][architecture]}" + (f" ({spilled})" if spilled else ""))
         table.add_row(name, *cells)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_report_device import print_kernels_report
+from bench_report_device import print_kernel_resources_report, print_kernels_report
 
 from programs import benchmarked, measured
 from tide_kernels import gpu
@@ -24,6 +24,16 @@ def test_resources_are_printed_and_written(tmp_path: Path) -> None:
     assert set(facts["kernels"]) == {"partition", "gather/16 bytes"}
     assert facts["architectures"] == list(facts["kernels"]["partition"]["registers"]) == ["8.0", "9.0"]
     assert facts["float64_instructions"] == 0
+
+
+def test_a_kernel_that_an_architecture_has_not_leaves_its_column_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers of kernels for tensor cores stood one column to the left, below an architecture that has none."""
+    used = {"registers": {"8.0": 33}, "shared_bytes": {"8.0": 44}, "spill_bytes": {"8.0": 0}}
+    facts = {"hardware": "none", "num_threads": 1, "date": "2026-11-27", "assembler": "nvJitLink 13"}
+    facts |= {"architectures": ["7.5", "8.0"], "float64_instructions": 0, "spilling": [], "most_registers": 33}
+    print_kernel_resources_report({**facts, "kernels": {"products": used}})
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "products" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["products", "", "33 / 44"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
