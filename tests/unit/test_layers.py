@@ -19,7 +19,8 @@ LAYERS = (
     ("tide_ray.exits",),
     ("tide_ray.models",),
     ("tide_ray.config", "tide_ray.pages"),
-    ("tide_ray.types", "tide_ray.files", "tide_ray.messages"),
+    ("tide_ray.files",),
+    ("tide_ray.types", "tide_ray.messages", "tide_ray.startup"),
     ("tide_kernels",),
 )
 """From the top. Those of one layer do not import each other. ``jobs`` may import anything; nothing imports it."""
@@ -30,6 +31,7 @@ EXCEPTIONS = {
         ("tide_ray", name): "the names of the top package, for type checkers; they load on first use"
         for name in ("tide_ray.config", "tide_ray.data.processor", "tide_ray.engine.engine", "tide_ray.types")
     },
+    ("tide_ray", "tide_ray.startup"): "that is how they load",
     ("tide_ray.cli", "tide_ray"): "the version",
 }
 """Importing module, imported one, and the reason."""

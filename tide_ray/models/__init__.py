@@ -1,6 +1,6 @@
 """Any causal language model: finding and loading it, and running it over packed rows.
 
-The names below load on first use: a job's driver looks for a model without ever needing torch.
+The names below load on first use: a job's driver looks for a model and runs none.
 """
 
 from __future__ import annotations

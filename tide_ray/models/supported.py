@@ -67,8 +67,10 @@ def _check_attention(config: PreTrainedConfig) -> None:
 
 
 def is_stateful(config: PreTrainedConfig) -> bool:
-    """``_is_stateful`` of the model's class in transformers, by its source: a job's driver asks, for which importing
-    the class would be most of the way to its first word."""
+    """``_is_stateful`` of the model's class in transformers, read from its source.
+
+    A job's driver asks as well, and importing the class takes as long as all else that a driver imports.
+    """
     file = Path(sys.modules[type(config).__module__].__file__ or "")
     source = file.with_name(file.name.replace("configuration_", "modeling_"))
     return source.is_file() and "_is_stateful = True" in source.read_text(encoding="utf-8")
