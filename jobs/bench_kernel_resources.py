@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ def run_kernel_resources(architectures: Sequence[str], names: Sequence[str]) -> 
     Raises:
         UserError: kernels cannot be compiled here, or not for an architecture.
     """
+    for architecture in architectures:
+        if not re.fullmatch(r"\d+\.\d", architecture):
+            raise UserError(f"architectures must be compute capabilities such as 9.0, got {architecture!r}")
     reason = gpu.why_no_compiler()
     if reason is not None:
         raise UserError(f"GPU kernels cannot be compiled here: {reason}")
@@ -51,5 +55,5 @@ def _compiled(architectures: str, names: Sequence[str]) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"architectures: cannot compile for all of {architectures} ({last[0]})")
+        raise UserError(f"architectures: {last[0]}")
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -72,7 +72,9 @@ def _few_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _the_process_keeps_its_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test may replace a module's ``time``, not what is in it. A server that other tests share runs meanwhile: its
-    event loop once looked at a clock that had jumped back to 100 s, and slept for the difference."""
+    event loop once looked at a clock that had jumped back to 100 s, and slept for the difference.
+
+    It asks for ``monkeypatch`` to end before that one does."""
     yield
     assert (time.time, time.monotonic, time.sleep) == _CLOCK
 

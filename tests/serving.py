@@ -96,11 +96,12 @@ def running(models: dict[str, ModelServer], **config: Any) -> Iterator[Running]:
     assert not thread.is_alive(), f"the server did not end: {_what_is_left(uvicorn_server, thread, *loops)}"
 
 
-def _what_is_left(server: uvicorn.Server, thread: threading.Thread, loop: asyncio.AbstractEventLoop) -> str:
+def _what_is_left(server: uvicorn.Server, thread: threading.Thread, *loops: asyncio.AbstractEventLoop) -> str:
     """Where the server's thread is, what its tasks wait for, and its connections."""
     text = io.StringIO()
-    traceback.print_stack(sys._current_frames()[thread.ident or 0], file=text)
-    for task in asyncio.all_tasks(loop):
+    if frame := sys._current_frames().get(thread.ident or 0):
+        traceback.print_stack(frame, file=text)
+    for task in (task for loop in loops for task in asyncio.all_tasks(loop)):
         task.print_stack(file=text)
     for connection in server.server_state.connections:
         cycle = getattr(connection, "cycle", None)

@@ -14,12 +14,12 @@ def local_path(value: str | Path, field: str) -> Path:
     """The path that a user wrote for the setting ``field``, which may begin with ``~``. Nothing is looked up.
 
     Raises:
-        UserError: it begins with ``~NAME`` and there is no such user.
+        UserError: it begins with ``~NAME`` and there is no such user, or with ``~`` and this one has no home.
     """
     try:
         return Path(value).expanduser()
     except RuntimeError:
-        raise UserError(f"{field}: no such user's home, got {str(value)!r}") from None
+        raise UserError(f"{field}: no such home, got {str(value)!r}") from None
 
 
 @contextmanager

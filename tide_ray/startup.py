@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import atexit
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+class _Pause:
+    """How many blocks there are now, of all threads: the last to end puts the collector back."""
+
+    lock = threading.Lock()
+    depth = 0
+    was_enabled = False
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Collect nothing within the block."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _Pause.lock:
+        if _Pause.depth == 0:
+            _Pause.was_enabled = gc.isenabled()
+            gc.disable()
+        _Pause.depth += 1
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _Pause.lock:
+            _Pause.depth -= 1
+            if _Pause.depth == 0 and _Pause.was_enabled:
+                gc.enable()
 
 
 def end_quickly() -> None:

@@ -38,9 +38,13 @@ def compiled_kernels() -> list[dict[str, Any]]:
     """What each kernel needs on each architecture."""
     if (reason := gpu.why_no_compiler()) is not None:
         pytest.skip(reason)
+    return compiled(*ARCHITECTURES, names=IMPORTANT)
+
+
+def compiled(*architectures: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", ",".join(ARCHITECTURES), *IMPORTANT],
+        [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", ",".join(architectures), *names],
         env=environment,
         capture_output=True,
         text=True,
@@ -55,13 +59,26 @@ def compiled_kernels() -> list[dict[str, Any]]:
 def test_kernels_compile_without_spills_and_without_float64(
     compiled_kernels: list[dict[str, Any]], architecture: str
 ) -> None:
-    compiled = [kernel for kernel in compiled_kernels if kernel["architecture"] == architecture]
+    mine = [kernel for kernel in compiled_kernels if kernel["architecture"] == architecture]
     expected = [name for name in IMPORTANT if architecture != "7.5" or not name.startswith("attention products")]
-    missing = [name for name in expected if not any(kernel["name"].startswith(name) for kernel in compiled)]
+    missing = [name for name in expected if not any(kernel["name"].startswith(name) for kernel in mine)]
     assert not missing
-    assert "attention/bfloat16/128/4 heads/1 rows/unsplit" in {kernel["name"] for kernel in compiled}
-    for kernel in compiled:
+    assert "attention/bfloat16/128/4 heads/1 rows/unsplit" in {kernel["name"] for kernel in mine}
+    for kernel in mine:
         print(f"{kernel['name']}: {kernel['registers']} registers, {kernel['shared_bytes']} bytes shared")
         assert kernel["float64_instructions"] == 0, kernel
         assert kernel["spill_bytes"] == 0, kernel
         assert 0 < kernel["registers"] * kernel["threads"] <= 65536, kernel
+
+
+def test_what_is_lowered_for_another_architecture_is_what_is_lowered_for_its_own(
+    compiled_kernels: list[dict[str, Any]],
+) -> None:
+    """Numba lowers a kernel once, for the oldest; code sizes alone differ, by the lengths of names."""
+    names = ("silu_mul/bfloat16/16 bytes", "route/bfloat16/4096/128", "attention products/bfloat16/128/4 heads/1 rows")
+    alone = compiled("9.0", names=names)
+    beside = {kernel["name"]: kernel for kernel in compiled_kernels if kernel["architecture"] == "9.0"}
+    found = [kernel for kernel in alone if kernel["name"] in beside]
+    assert len(found) >= 3
+    for kernel in found:
+        assert {**kernel, "code_bytes": 0} == {**beside[kernel["name"]], "code_bytes": 0}

@@ -53,7 +53,7 @@ def assert_refused(result: Result, *parts: str) -> None:
         (["--id-column", "id"], "has no column 'id'; columns: question, prompt"),
         (["--model", "no/such/model/folder"], "model: no such folder or file, got 'no/such/model/folder'"),
         (["--model", "~nobody-of-that-name/x"], "model: no such folder or file, got '~nobody-of-that-name/x'"),
-        (["--output", "~nobody-of-that-name/x"], "output: no such user's home, got '~nobody-of-that-name/x'"),
+        (["--output", "~nobody-of-that-name/x"], "output: no such home, got '~nobody-of-that-name/x'"),
         (["--dtype", "int3"], "dtype must be one of auto, float32, bfloat16, float16, got 'int3'"),
         (["--device", "tpu"], "device: "),
         (["--policy", "static"], "policy 'static' needs exactly one of exit_layer, skip_layers, static_cost"),

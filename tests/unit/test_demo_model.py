@@ -151,7 +151,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch
     monkeypatch.setenv("TIDE_RAY_CACHE", str(tmp_path / "file" / "cache"))
     assert error_of_demo().startswith(f"TIDE_RAY_CACHE: cannot write {str(tmp_path / 'file' / 'cache')!r}")
     monkeypatch.setenv("TIDE_RAY_CACHE", "~nobody-of-that-name/cache")
-    assert error_of_demo() == "TIDE_RAY_CACHE: no such user's home, got '~nobody-of-that-name/cache'"
+    assert error_of_demo() == "TIDE_RAY_CACHE: no such home, got '~nobody-of-that-name/cache'"
 
 
 def test_the_default_cache_is_under_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,21 @@ def test_resources_are_printed_and_written(tmp_path: Path) -> None:
     assert facts["float64_instructions"] == 0
 
 
+@pytest.mark.skipif(gpu.why_no_compiler() is not None, reason=str(gpu.why_no_compiler()))
+@pytest.mark.parametrize(
+    ("architectures", "message"),
+    [
+        ("8.0,x", "architectures must be compute capabilities such as 9.0, got 'x'"),
+        ("8.0,99.0", "architectures: 99.0 cannot be compiled for ("),
+    ],
+)
+def test_an_architecture_that_there_is_not_is_named(architectures: str, message: str) -> None:
+    done = benchmarked("kernel-resources", "--architectures", architectures, "--names", "gather")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_kernel_that_an_architecture_has_not_leaves_its_column_empty(capsys: pytest.CaptureFixture[str]) -> None:
     """The numbers of kernels for tensor cores stood one column to the left, below an architecture that has none."""
     used = {"registers": {"8.0": 33}, "shared_bytes": {"8.0": 44}, "spill_bytes": {"8.0": 0}}

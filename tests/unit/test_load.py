@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -333,6 +333,22 @@ def test_what_keeps_a_state_is_told_without_importing_it() -> None:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
         config = object.__new__(config_class)  # some cannot be made without arguments
         assert is_stateful(config) == bool(getattr(model_class, "_is_stateful", False)), kind
+
+
+def test_a_class_of_the_users_own_is_asked_itself() -> None:
+    """Its source may be a notebook's, or hold other classes; and a configuration may have no model at all."""
+
+    class OwnConfig(LlamaConfig):
+        model_type = "tide_test_own"
+
+    class OwnModel(LlamaForCausalLM):
+        config_class = OwnConfig
+        _is_stateful = True
+
+    OwnConfig.__module__ = "__main__"
+    assert not is_stateful(OwnConfig())
+    AutoModelForCausalLM.register(OwnConfig, OwnModel)
+    assert is_stateful(OwnConfig())
 
 
 REMOTE_CODE = """

@@ -38,7 +38,10 @@ def test_importing_tide_ray_and_its_params_imports_nothing_heavy(tmp_path: Path)
     ("modules", "unwanted"),
     [
         # A configuration brings torch with it, but a model's code, which takes as long again, is for the actors.
-        ("tide_ray.data.job, tide_ray.data.processor, tide_ray.data.identity, tide_ray.serve.run",
+        ("tide_ray.data.job, tide_ray.data.processor, tide_ray.data.identity, tide_ray.serve.run\n"
+         "from transformers import LlamaConfig\n"
+         "from tide_ray.models.supported import check_supported\n"
+         "check_supported(LlamaConfig())",
          ["tide_ray.engine.engine", "tide_ray.models.adapter", "transformers.modeling_utils", "numba"]),
         ("tide_ray.serve.deployment", ["torch", "transformers", "numba"]),  # of which each front is one process
     ],
@@ -57,6 +60,11 @@ def test_imports_collect_nothing_and_the_collector_goes_on_after_them() -> None:
     assert gc.isenabled()
     with pytest.raises(ModuleNotFoundError):
         failing_import()
+    assert gc.isenabled()
+    with quick_imports():
+        with quick_imports():
+            pass
+        assert not gc.isenabled(), "the other block goes on"
     assert gc.isenabled()
     gc.disable()
     try:

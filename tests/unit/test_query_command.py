@@ -103,7 +103,7 @@ def test_whoever_has_enough_closes_the_pipe_without_an_error(out: Path) -> None:
         (["{out}", "SELECT 1", "--format", "xml"], "error: format must be one of table, csv, json, parquet, got 'xml'"),
         (["{out}", "SELECT 1", "--format", "parquet"], "error: format: parquet needs --output FILE, got 'parquet'"),
         (["{out}", "SELECT 1", "--output", "{out}/no/such.csv"], "error: output: cannot write"),
-        (["{out}", "SELECT 1", "--output", "~nobody-of-that-name/x.csv"], "error: output: no such user's home, got"),
+        (["{out}", "SELECT 1", "--output", "~nobody-of-that-name/x.csv"], "error: output: no such home, got"),
         (["{out}/missing", "SELECT 1"], "error: output: no job in"),
         (["{out}", "SELECT 1", "--memory-limit", "lots"], "error: memory_limit must be"),
         (["{out}", "SELECT error('late') FROM rows", "--output", "{out}/late.csv"], "error: sql: Invalid Input Error"),

@@ -117,7 +117,7 @@ def test_the_command_prints_a_summary_and_writes_the_page(out: Path, other: Path
     assert Page(page).text.count("Who leaves early") == 1, "nobody at full depth"
     for file, message in (
         (str(tmp_path / "no" / "page.html"), "error: output: cannot write"),
-        ("~nobody-of-that-name/page.html", "error: output: no such user's home, got"),
+        ("~nobody-of-that-name/page.html", "error: output: no such home, got"),
     ):
         done = CliRunner().invoke(app, ["report", str(out), "--output", file])
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)

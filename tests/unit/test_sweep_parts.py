@@ -220,7 +220,7 @@ def test_bad_settings_are_refused_by_entry_field_and_value(values: dict[str, obj
         (["--model", "demo", "--workers", "2", "--address", "127.0.0.1:1"], "address: nobody answers at"),
         (
             ["--model", "demo", "--model", "demo", "--output", "~nobody-of-that-name/x"],
-            "output: no such user's home, got '~nobody-of-that-name/x'",
+            "output: no such home, got '~nobody-of-that-name/x'",
         ),
     ],
 )

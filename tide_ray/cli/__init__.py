@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tide_ray.cli import analytics, calibrate, generate, jobs, serve
-from tide_ray.startup import end_quickly
+from tide_ray.startup import end_quickly, quick_imports
 
 app = typer.Typer(
     name="tide-ray",
@@ -45,13 +45,18 @@ def _root(
 @app.command()
 def doctor() -> None:
     """Print what runs on this machine and why: versions, devices, and which kernels are on."""
-    from tide_ray.doctor import report
+    with quick_imports():
+        from tide_ray.doctor import report
 
     for name, finding in report():
         typer.echo(f"{name:<12} {finding}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script, and of the programs in ``jobs``. None: the arguments of this process."""
+    """Entry point of the console script, and of what stands for its commands in ``jobs``.
+
+    Args:
+        arguments: None for those of this process.
+    """
     end_quickly()
     app(arguments)

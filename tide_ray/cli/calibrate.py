@@ -195,9 +195,10 @@ def import_tide(
             | {"trust_remote_code": trust_remote_code}
         )
 
-        from tide_ray.exits.checkpoint_files import check_output_folder
-        from tide_ray.exits.tide_import import import_tide
-        from tide_ray.models.loading import load_as
+        with quick_imports():
+            from tide_ray.exits.checkpoint_files import check_output_folder
+            from tide_ray.exits.tide_import import import_tide
+            from tide_ray.models.loading import load_as
 
         check_output_folder(Path(settings.output))
         loaded = load_as(settings.model, settings)

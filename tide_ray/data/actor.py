@@ -94,11 +94,11 @@ class Generator:
     """
 
     def __init__(self, model: str, config: EngineConfig, options: GeneratorOptions) -> None:
-        start = time.perf_counter()
         with quick_imports():
             from tide_ray.data.engine_guard import GuardedEngine
             from tide_ray.engine.memory import peak_memory
 
+        start = time.perf_counter()
         self._options = options
         context = ray.get_runtime_context()
         self._reporter: Reporter | None = None

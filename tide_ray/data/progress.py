@@ -21,7 +21,8 @@ WriteLine = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a job is. ``seconds``: since its engines were up; loading a model is not generating."""
+    """Where a job is. ``seconds``: since its engines were up, or had their first rows where that was seen late; loading
+    a model is not generating."""
 
     rows: int
     total: int

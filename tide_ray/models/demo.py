@@ -66,7 +66,9 @@ def unpack_demo_gguf(folder: Path) -> Path:
 def _cache_folder() -> Path:
     if given := os.environ.get(CACHE_VARIABLE):
         return local_path(given, CACHE_VARIABLE)
-    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "tide-ray"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return local_path(given, "XDG_CACHE_HOME") / "tide-ray"
+    return local_path("~/.cache/tide-ray", CACHE_VARIABLE)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from tide_ray.messages import named
 from tide_ray.types import UserError
 
-if TYPE_CHECKING:  # slow to import, and a job's driver reads only configurations
+if TYPE_CHECKING:  # PreTrainedModel brings all of transformers' model code, and a driver reads only configurations
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

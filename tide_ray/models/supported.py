@@ -67,10 +67,14 @@ def _check_attention(config: PreTrainedConfig) -> None:
 
 
 def is_stateful(config: PreTrainedConfig) -> bool:
-    """``_is_stateful`` of the model's class in transformers, read from its source.
+    """``_is_stateful`` of the model's class, which for one of transformers' own is read from its source.
 
     A job's driver asks as well, and importing the class takes as long as all else that a driver imports.
     """
-    file = Path(sys.modules[type(config).__module__].__file__ or "")
+    module = sys.modules[type(config).__module__]
+    if not module.__name__.startswith("transformers.models.") or module.__file__ is None:
+        # Registered by the user, or absent: nothing is imported for it.
+        return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False))
+    file = Path(module.__file__)
     source = file.with_name(file.name.replace("configuration_", "modeling_"))
     return source.is_file() and "_is_stateful = True" in source.read_text(encoding="utf-8")
