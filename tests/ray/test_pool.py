@@ -35,7 +35,9 @@ def nodes() -> Iterator[dict[str, str]]:
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         wanted = made.add_node(num_cpus=3, num_gpus=2, resources={"accelerator_type:A100": 1}, labels={"zone": "a"})
         ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
-        DataContext.get_current().execution_no_progress_timeout_s = 90
+        patch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 90)
+        # On a busy machine the first actor could have answered every row before the second one is up.
+        patch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 120)
         yield {"plain": made.head_node.node_id, "wanted": wanted.node_id}
         ray.shutdown()
         made.shutdown()
