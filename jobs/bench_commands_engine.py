@@ -220,8 +220,8 @@ def kernels(
 @app.command("kernel-resources")
 def kernel_resources(
     architectures: Annotated[
-        str, typer.Option(help="compute capabilities, separated by commas")
-    ] = "7.5,8.0,8.6,8.9,9.0,10.0,12.0",
+        str, typer.Option(help="compute capabilities, separated by commas; default: all that CUDA 13 compiles for")
+    ] = "",
     names: Annotated[str, typer.Option(help="beginnings of kernels' names, separated by commas; default: all")] = "",
     output: Output = None,
 ) -> None:
@@ -232,7 +232,8 @@ def kernel_resources(
         from bench_report_device import print_kernel_resources_report
 
         measured = run_kernel_resources(
-            [text.strip() for text in architectures.split(",")], [text.strip() for text in names.split(",") if text]
+            [text.strip() for text in architectures.split(",") if text],
+            [text.strip() for text in names.split(",") if text],
         )
         machine = machine_facts(num_cores())
     finish("kernel-resources", machine, measured, print_kernel_resources_report, output)

@@ -19,9 +19,6 @@ from numba.cuda import compiler, dispatcher
 
 from tide_kernels.cuda.kernel import Kernel
 
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-"""What CUDA 13 compiles for, by generation; 7.0 takes CUDA 12."""
-
 
 @dataclass(frozen=True, slots=True)
 class Resources:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from bench_kernel_resources import ARCHITECTURES, compile_kernels
 
 from tide_kernels import gpu
 
@@ -30,7 +27,6 @@ IMPORTANT = (
     "sample/bfloat16/16 bytes",
 )
 """Specialisations that every run compiles; ``python jobs/benchmark.py kernel-resources`` compiles all of them."""
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +34,7 @@ def compiled_kernels() -> list[dict[str, Any]]:
     """What each kernel needs on each architecture."""
     if (reason := gpu.why_no_compiler()) is not None:
         pytest.skip(reason)
-    return compiled(*ARCHITECTURES, names=IMPORTANT)
-
-
-def compiled(*architectures: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tide_kernels.cuda.offline", ",".join(architectures), *names],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return compile_kernels(ARCHITECTURES, IMPORTANT)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -76,7 +58,7 @@ def test_what_is_lowered_for_another_architecture_is_what_is_lowered_for_its_own
 ) -> None:
     """Numba lowers a kernel once, for the oldest; code sizes alone differ, by the lengths of names."""
     names = ("silu_mul/bfloat16/16 bytes", "route/bfloat16/4096/128", "attention products/bfloat16/128/4 heads/1 rows")
-    alone = compiled("9.0", names=names)
+    alone = compile_kernels(["9.0"], names)
     beside = {kernel["name"]: kernel for kernel in compiled_kernels if kernel["architecture"] == "9.0"}
     found = [kernel for kernel in alone if kernel["name"] in beside]
     assert len(found) >= 3

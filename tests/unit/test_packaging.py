@@ -35,20 +35,20 @@ def test_importing_tide_ray_and_its_params_imports_nothing_heavy(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("modules", "unwanted"),
+    ("code", "unwanted"),
     [
         # A configuration brings torch with it, but a model's code, which takes as long again, is for the actors.
-        ("tide_ray.data.job, tide_ray.data.processor, tide_ray.data.identity, tide_ray.serve.run\n"
+        ("import tide_ray.data.job, tide_ray.data.processor, tide_ray.data.identity, tide_ray.serve.run\n"
          "from transformers import LlamaConfig\n"
          "from tide_ray.models.supported import check_supported\n"
          "check_supported(LlamaConfig())",
          ["tide_ray.engine.engine", "tide_ray.models.adapter", "transformers.modeling_utils", "numba"]),
-        ("tide_ray.serve.deployment", ["torch", "transformers", "numba"]),  # of which each front is one process
+        ("import tide_ray.serve.deployment", ["torch", "transformers", "numba"]),  # of which each front is one process
     ],
 )  # fmt: skip
-def test_who_runs_no_model_does_not_import_what_does(modules: str, unwanted: list[str], tmp_path: Path) -> None:
-    code = f"import sys, {modules}\nprint([name for name in {unwanted!r} if name in sys.modules])"
-    assert run_python(code, tmp_path).strip() == "[]"
+def test_who_runs_no_model_does_not_import_what_does(code: str, unwanted: list[str], tmp_path: Path) -> None:
+    found = run_python(f"{code}\nimport sys\nprint([name for name in {unwanted!r} if name in sys.modules])", tmp_path)
+    assert found.strip() == "[]"
 
 
 def test_imports_collect_nothing_and_the_collector_goes_on_after_them() -> None:

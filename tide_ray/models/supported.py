@@ -71,10 +71,9 @@ def is_stateful(config: PreTrainedConfig) -> bool:
 
     A job's driver asks as well, and importing the class takes as long as all else that a driver imports.
     """
-    module = sys.modules[type(config).__module__]
-    if not module.__name__.startswith("transformers.models.") or module.__file__ is None:
-        # Registered by the user, or absent: nothing is imported for it.
+    module = type(config).__module__
+    if not module.startswith("transformers.models."):  # then the class was registered by a user, or there is none
         return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False))
-    file = Path(module.__file__)
+    file = Path(str(sys.modules[module].__file__))
     source = file.with_name(file.name.replace("configuration_", "modeling_"))
     return source.is_file() and "_is_stateful = True" in source.read_text(encoding="utf-8")

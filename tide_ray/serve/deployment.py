@@ -50,7 +50,7 @@ class TideModel:
 
     def __init__(self, config: LLMConfig, limits: Limits) -> None:
         log_to_serve()
-        with quick_imports():  # here: a front and the command that starts both need neither torch nor transformers
+        with quick_imports():  # here, as a front is a process that needs neither torch nor transformers
             from tide_ray.serve.model_server import ModelServer
         self._server = ModelServer(config, limits)
         self._courier = Courier()
